@@ -1,0 +1,139 @@
+"""Where a run's checkpoints live: complete ones only, the newest found again, damage noticed.
+
+`root/step_000000500/` holds megatron's distributed checkpoint, `state.json` and `config.yaml`, and `manifest.json` with the
+size and CRC-32 of every other file. A checkpoint is filled under a hidden name and renamed when it is complete; `latest`,
+written last, names it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+_CHUNK = 1 << 22
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. Methods marked collective are called by every rank of the default group."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that were completed, oldest first."""
+        return sorted(int(p.name[5:]) for p in self.root.glob("step_*") if p.name[5:].isdigit() and p.is_dir())
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`."""
+        return self.root / f"step_{step:09d}"
+
+    def save(self, step: int, fill: Callable[[Path], None], *, keep_last: int) -> Path:
+        """Collective: let every rank `fill` a new folder, then publish it and remove all but the newest `keep_last`.
+
+        Raises RuntimeError on every rank when any rank fails; the checkpoints that existed are then untouched.
+        """
+        final, partial = self.path(step), self.root / f".partial_step_{step:09d}"
+        if dist.get_rank() == 0:
+            for left in self.root.glob(".partial_step_*"):
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        error = ""
+        try:
+            fill(partial)
+        except Exception as failure:
+            error = f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
+        if not error:
+            dist.barrier()  # every file is there
+        errors = [e for e in _gather(error) if e]
+        if errors:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            kept = self.steps()
+            usable = f"the checkpoint of step {kept[-1]} is untouched" if kept else "there is no earlier checkpoint"
+            raise RuntimeError(f"the checkpoint of step {step} could not be written to {self.root} ({usable}): {errors[0]}")
+        names = _gather(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))[0]
+        entries = {name: entry for part in _gather(_describe(partial, _share(names))) for name, entry in part.items()}
+        if dist.get_rank() == 0:
+            _write_text(partial / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            _write_text(self.root / "latest", final.name)
+            for old in self.steps()[:-keep_last]:
+                shutil.rmtree(self.path(old))
+        dist.barrier()
+        return final
+
+    def newest(self) -> Path | None:
+        """Collective: the newest checkpoint whose files are all there and unchanged, or None.
+
+        A damaged one is reported as an error in the log and the one before it is taken.
+        """
+        for step in _gather(self.steps()[::-1])[0]:
+            path = self.path(step)
+            problems = [p for p in _gather(_damage(path)) if p]
+            if not problems:
+                return path
+            if dist.get_rank() == 0:
+                log.error("checkpoint %s is damaged (%s): going back to the one before it", path, problems[0])
+        return None
+
+
+def _gather(value):  # type: ignore[no-untyped-def]
+    """`value` of every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _share(names: list[str]) -> list[str]:
+    """This rank's part of the files."""
+    return names[dist.get_rank() :: dist.get_world_size()]
+
+
+def _describe(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    """Size and CRC-32 by name."""
+    return {name: [(folder / name).stat().st_size, _crc32(folder / name)] for name in names}
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with this rank's share of the files of a checkpoint, or nothing."""
+    try:
+        entries: dict[str, list[int]] = json.loads((path / _MANIFEST).read_text())
+        for name in _share(sorted(entries)):
+            size, crc = entries[name]
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes, not {size}"
+            if _crc32(path / name) != crc:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a small file at once."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,37 @@
+"""One YAML file per run, parsed into frozen dataclasses and checked before any process group exists."""
+
+from rcm_mcore.config.mesh import MeshConfig, tokens_per_sample, validate_mesh
+from rcm_mcore.config.model import WAN_SIZES, ModelConfig
+from rcm_mcore.config.parse import ConfigError, load_config, parse_config, to_yaml
+from rcm_mcore.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistillConfig,
+    LogConfig,
+    OptimConfig,
+    PretrainConfig,
+    TimeConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "WAN_SIZES",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DistillConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "TimeConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+    "to_yaml",
+    "tokens_per_sample",
+    "validate_mesh",
+]

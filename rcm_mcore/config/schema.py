@@ -1,0 +1,177 @@
+"""Sections of a run's configuration. Every field is documented where it is declared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rcm_mcore.config.mesh import MeshConfig, tokens_per_sample
+from rcm_mcore.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeConfig:
+    """A distribution over diffusion time (method.md 5)."""
+
+    kind: Literal["lognormal", "shifted"] = "lognormal"
+    mean: float = -0.8  # lognormal: log sigma ~ N(mean, std^2), sigma = tan t
+    std: float = 1.6
+    shift: float = 5.0  # shifted: s = shift u / (1 + (shift - 1) u), u uniform, s the rectified-flow time
+
+    def __post_init__(self) -> None:
+        if self.std <= 0 or self.shift <= 0:
+            raise ValueError(f"time distribution: std={self.std} and shift={self.shift} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Cached latents and text embeddings in WebDataset shards."""
+
+    shards: tuple[str, ...]  # paths, globs or brace patterns
+    latent_shape: tuple[int, int, int, int]  # [C, F, H, W] trained on; longer latents are cut to F frames
+    readers: int = 64  # virtual readers; the data-parallel size must divide them
+    max_bad_samples: int = 100  # a run stops when one rank has skipped more
+    prefetch: int = 2  # batches prepared ahead
+
+    def __post_init__(self) -> None:
+        _at_least("data.readers", self.readers, 1)
+        _at_least("data.max_bad_samples", self.max_bad_samples, 0)
+        _at_least("data.prefetch", self.prefetch, 1)
+        if not self.shards:
+            raise ValueError("data.shards is empty: give at least one path, glob or brace pattern")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and shape of the run."""
+
+    objective: Literal["pretrain", "distill"]
+    steps: int  # optimizer steps of the run, student and critic steps together
+    global_batch_size: int  # samples of one optimizer step over all ranks
+    micro_batch_size: int  # samples of one forward on one rank
+    seed: int = 0  # of the noise, the times and the order of the data
+    max_nonfinite_share: float = 0.1  # of a step's samples; above it the run stops
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        if not 0 <= self.max_nonfinite_share <= 1:
+            raise ValueError(f"train.max_nonfinite_share={self.max_nonfinite_share}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Flow matching of a teacher from shards."""
+
+    time: TimeConfig = field(default_factory=lambda: TimeConfig(kind="shifted", shift=3.0))
+    condition_dropout: float = 0.1  # share of samples that see the negative embedding instead of their text
+    negative_embedding: str | None = None  # file with the text rows of the negative prompt; none: zeros
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(f"pretrain.condition_dropout={self.condition_dropout}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """rCM and its two halves (arXiv 2510.08431; method.md 2, 3, 5)."""
+
+    teacher: str = ""  # checkpoint folder of the teacher (format mcore); the student and the fake score start from it
+    method: Literal["rcm", "scm", "dmd"] = "rcm"
+    guidance: float = 5.0  # classifier-free guidance of the teacher, F_u + g (F_c - F_u)
+    negative_embedding: str | None = None  # file with the text rows of the negative prompt; none: zeros
+    student_every: int = 5  # one student step in so many steps, else critic steps
+    scm_weight: float = 100.0
+    dmd_weight: float = 1.0
+    time_g: TimeConfig = field(default_factory=TimeConfig)  # times of the consistency term
+    time_d: TimeConfig = field(default_factory=lambda: TimeConfig(kind="shifted"))  # times of score distillation and rollout
+    rollout_max_steps: int = 4  # rollouts of 1, 2, ... steps in turn
+    rollout_times: tuple[float, ...] | None = None  # fixed TrigFlow times of the later rollout steps instead of draws
+    tangent_warmup: int = 0  # student steps over which r rises from 0 to 1; student-only meanwhile
+    scale_tangent: bool = True  # multiply F_dot by r as well as x_t (the public code leaves F_dot unscaled)
+    tangent_norm_constant: float = 0.1  # c in g / (|g| + c)
+
+    def __post_init__(self) -> None:
+        _at_least("distill.student_every", self.student_every, 1)
+        _at_least("distill.rollout_max_steps", self.rollout_max_steps, 1)
+        _at_least("distill.tangent_warmup", self.tangent_warmup, 0)
+        if self.rollout_times is not None and len(self.rollout_times) < self.rollout_max_steps - 1:
+            raise ValueError(
+                f"distill.rollout_times has {len(self.rollout_times)} entries; distill.rollout_max_steps="
+                f"{self.rollout_max_steps} needs {self.rollout_max_steps - 1}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW without first moment (beta1 = 0), float32 master weights, and the EMA that travels with them."""
+
+    lr: float = 1e-6  # student, or teacher in pretraining
+    fake_score_lr: float = 2e-7
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 100  # linear, of each network's own steps
+    warmup_start_lr: float = 1e-6  # where the warm-up begins (never above lr)
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    min_lr_ratio: float = 0.0  # where a decay ends, as a share of lr
+    clip_grad: float = 0.0  # 0: no clipping; the norm is logged either way
+    ema_length: float | None = 0.05  # relative length s of the power-function EMA of the trained network; none: no EMA
+    overlap_grad_reduce: bool = False  # reduce gradients while backward runs
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "fake_score_lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be positive")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"optim.beta2={self.beta2}: must lie in [0, 1)")
+        if self.clip_grad < 0:
+            raise ValueError(f"optim.clip_grad={self.clip_grad}: must be positive, or 0 for none")
+        if self.ema_length is not None and not 0 < self.ema_length < 0.28:
+            raise ValueError(f"optim.ema_length={self.ema_length}: must lie in (0, 0.28), such as 0.05 or 0.10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where the run lives: checkpoints, logs and the resolved configuration."""
+
+    dir: str
+    every: int = 500  # optimizer steps between saves; the last step is always saved
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What the operator sees besides the progress bar and log.jsonl."""
+
+    wandb: bool = False
+    project: str = "rcm-mcore"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig
+    data: DataConfig
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        tokens_per_sample(self.model, self.data.latent_shape)
+        if self.train.objective == "distill" and not self.distill.teacher:
+            raise ValueError("distill.teacher is empty: train.objective=distill needs the folder of a teacher checkpoint")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value}: must be at least {least}")

@@ -1,0 +1,26 @@
+"""From shards of cached latents and text embeddings to the batches of a data-parallel rank."""
+
+from rcm_mcore.data.inspection import ShardReport, inspect_shard
+from rcm_mcore.data.loader import Batch, DataLoader
+from rcm_mcore.data.readers import RankReaders, VirtualReader, deal_shards, expand_shards, merge_states, shards_digest
+from rcm_mcore.data.shards import BadSample, DamagedShard, Sample, Shard, fit_sample, pad_text, write_shards
+
+__all__ = [
+    "BadSample",
+    "Batch",
+    "DamagedShard",
+    "DataLoader",
+    "RankReaders",
+    "Sample",
+    "Shard",
+    "ShardReport",
+    "VirtualReader",
+    "deal_shards",
+    "expand_shards",
+    "fit_sample",
+    "inspect_shard",
+    "merge_states",
+    "pad_text",
+    "shards_digest",
+    "write_shards",
+]

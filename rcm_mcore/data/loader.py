@@ -1,0 +1,187 @@
+"""Batches of one data-parallel rank, prepared ahead in a thread, resumable at the batch last consumed."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm_mcore.config import DataConfig
+from rcm_mcore.data.readers import RankReaders
+from rcm_mcore.data.shards import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one rank for one step, b = global batch size / data-parallel size of them.
+
+    Attributes:
+        latents: [b, C, F, H, W] float32 on CPU.
+        text: [b, text_len, text_dim] float32 on CPU, zero rows past the prompt.
+        prompts, keys: of each sample.
+        slots: of each sample, its place in the global batch, from 0.
+        step: the step that the batch is for.
+        state: the position after this batch (see `DataLoader.state_dict`).
+    """
+
+    latents: Tensor
+    text: Tensor
+    prompts: tuple[str, ...]
+    keys: tuple[str, ...]
+    slots: tuple[int, ...]
+    step: int
+    state: dict[str, Any]
+
+
+class DataLoader:
+    """Endless iterator over the batches of one data-parallel rank.
+
+    A thread, started with the first batch, keeps up to data.prefetch batches ready. Its exceptions are raised where
+    the batch it was preparing would have been returned. Use as a context manager, or call `close`.
+
+    Args:
+        config: the data section.
+        text_len, text_dim: shape of the text that the model takes.
+        seed: of the order of the shards.
+        global_batch_size: samples of a step over all ranks.
+        dp_rank, dp_size: this rank's place among the data-parallel ranks (tensor- and context-parallel ranks of one
+            data-parallel rank read the same samples).
+        start_step: the step of the first batch.
+        transform: applied to each batch in the thread, for example to draw noise; what it returns is iterated over.
+    Raises: ValueError for what `RankReaders` refuses, and a global batch that the data-parallel size does not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: DataConfig,
+        text_len: int,
+        text_dim: int,
+        seed: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        start_step: int = 0,
+        transform: Callable[[Batch], Any] | None = None,
+    ) -> None:
+        if global_batch_size % dp_size:
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} is not divisible by the data-parallel size {dp_size}: "
+                f"set it to a multiple of {dp_size}"
+            )
+        self._readers = RankReaders(config, text_len=text_len, text_dim=text_dim, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
+        self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
+        self._transform = transform
+        self._prefetch = config.prefetch
+        self._step = start_step
+        self._samples = start_step * global_batch_size
+        self._state = self._position()
+
+        self._thread: threading.Thread | None = None
+        # Guards the three below; notified when any of them changes.
+        self._changed = threading.Condition()
+        self._ready: deque[tuple[dict[str, Any], Any]] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch last returned (whatever has been prepared ahead), for this rank.
+
+        Plain and JSON-able: {"readers": {v: [epoch, shard, member, bad]}, "samples": of the whole run so far,
+        "bad_samples": skipped by this rank's readers, "shards_digest"}. `merge_states` joins those of all ranks.
+        """
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes after a saved position: this rank's own, or the whole one under any data-parallel size.
+
+        To be called before the first batch. Raises: ValueError if data.shards or data.readers changed since.
+        """
+        assert self._thread is None, "load_state_dict must be called before the first batch"
+        self._readers.load(state)
+        self._samples = state["samples"]
+        self._state = self._position()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._changed:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="data-loader", daemon=True)
+                self._thread.start()
+            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            if self._closed:
+                raise RuntimeError("the DataLoader is closed")
+            if not self._ready:
+                assert self._error is not None, "woken without a batch or an error"
+                raise self._error
+            self._state, batch = self._ready.popleft()
+            self._changed.notify_all()
+            return batch
+
+    def close(self) -> None:
+        """Stops the thread (within the sample it is reading) and closes the shards."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._ready.clear()
+        self._readers.close()
+
+    def __enter__(self) -> DataLoader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_room():
+                batch = self._next_batch()
+                if batch is None:
+                    return
+                item = batch if self._transform is None else self._transform(batch)
+                with self._changed:
+                    self._ready.append((batch.state, item))
+                    self._changed.notify_all()
+        except BaseException as error:  # of any kind: a consumer must not wait for a thread that is gone
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> bool:
+        """Waits until another batch may be prepared; false when the loader is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._prefetch)
+            return not self._closed
+
+    def _next_batch(self) -> Batch | None:
+        """The next batch, or None when the loader is closed meanwhile."""
+        samples: list[Sample] = []
+        slots = [j for j in range(self._global_batch_size) if (self._samples + j) % self._dp_size == self._dp_rank]
+        for slot in slots:
+            if self._closed:
+                return None
+            samples.append(self._readers.read(self._samples + slot))
+        self._samples += self._global_batch_size
+        self._step += 1
+        return Batch(
+            latents=torch.stack([sample.latent for sample in samples]),
+            text=torch.stack([sample.embed for sample in samples]),
+            prompts=tuple(sample.prompt for sample in samples),
+            keys=tuple(sample.key for sample in samples),
+            slots=tuple(slots),
+            step=self._step - 1,
+            state=self._position(),
+        )
+
+    def _position(self) -> dict[str, Any]:
+        return {**self._readers.state(), "samples": self._samples}

@@ -1,0 +1,1 @@
+"""TrigFlow, its times, and the samplers of student and teacher."""

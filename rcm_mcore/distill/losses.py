@@ -1,0 +1,66 @@
+"""The losses, tensors in and tensors out (method.md 2, 3; arXiv 2510.08431). B samples; states [B, C, F, H, W] in float64.
+
+A loss is summed over a sample and returned per sample, [B]: the trainer averages over the global batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rcm_mcore.diffusion.trigflow import over_sample
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """|prediction - target|^2 summed over each sample: [B]."""
+    return (prediction - target).square().flatten(1).sum(1)
+
+
+def finite_samples(x: Tensor) -> Tensor:
+    """Which samples hold only finite numbers: [B] bool."""
+    return x.detach().isfinite().flatten(1).all(1)
+
+
+def consistency_tangent(
+    trig: Tensor, trig_dot: Tensor, teacher: Tensor, x_t: Tensor, *, t: Tensor, warmup: float, scale_tangent: bool
+) -> Tensor:
+    """The unnormalised tangent g of the sCM term (method.md 2).
+
+    g = -cos t sqrt(1 - r^2 sin^2 t) (F - F_teacher) - r (cos t sin t x_t + F_dot), r = `warmup`, where F_dot is the
+    derivative of F along (cos t sin t F_teacher, cos t sin t). Without `scale_tangent` F_dot is not multiplied by r.
+    `trig`: F without a graph; t [B].
+    """
+    cos, sin, r = over_sample(t).cos(), over_sample(t).sin(), warmup
+    g = -cos * torch.sqrt(1 - r**2 * sin**2) * (trig - teacher) - r * cos * sin * x_t
+    return g - (r if scale_tangent else 1.0) * trig_dot
+
+
+def normalize_tangent(g: Tensor, constant: float) -> tuple[Tensor, Tensor]:
+    """g / (|g| + constant) per sample, and |g| [B]."""
+    norm = g.flatten(1).norm(dim=1)
+    return g / over_sample(norm + constant), norm
+
+
+def consistency_loss(trig: Tensor, g: Tensor) -> Tensor:
+    """L_scm = |F - sg(F) - g|^2 [B], so dL/dF = -2 g; g the normalised tangent."""
+    return squared_error(trig, trig.detach() + g)
+
+
+def score_distillation_loss(generated: Tensor, fake: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """L_dmd = |x_G - sg(x_G - grad)|^2 [B] with grad = (x0_fake - x0_teacher) / w, and w [B] (method.md 3).
+
+    w = mean |x_G - x0_teacher| of the sample, at least 1e-5. Where a prediction is not finite the gradient is zero.
+    """
+    weight = (generated.detach() - teacher).abs().flatten(1).mean(1).clamp_min(1e-5)
+    grad = (fake - teacher) / over_sample(weight)
+    grad = torch.where(over_sample(finite_samples(grad)), grad, 0.0)
+    return squared_error(generated, generated.detach() - grad), weight
+
+
+def score_target(generated: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the fake score regresses: the TrigFlow velocity cos t eps - sin t x_G.
+
+    |F - (cos t eps - sin t x_G)|^2 = |x0 - x_G|^2 / sin^2 t, without its 0/0 at t = 0.
+    """
+    t = over_sample(t)
+    return t.cos() * eps - t.sin() * generated

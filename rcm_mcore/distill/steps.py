@@ -1,0 +1,194 @@
+"""One microbatch of every kind of step: networks, samples and draws in, a loss with a graph and metrics out.
+
+Non-finite samples (method.md 2): where only the target is not finite the sample's gradient is zero; where the trained
+network's own output is not, the sample is left out on all ranks of its model-parallel group. Both are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rcm_mcore.config import Config
+from rcm_mcore.diffusion.trigflow import denoised, diffuse, over_sample, rf_time, trig_velocity
+from rcm_mcore.distill.draws import Draws
+from rcm_mcore.distill.losses import (
+    consistency_loss,
+    consistency_tangent,
+    finite_samples,
+    normalize_tangent,
+    score_distillation_loss,
+    score_target,
+    squared_error,
+)
+from rcm_mcore.distill.phases import Phase
+from rcm_mcore.distill.roles import Network, conditioned, guided
+from rcm_mcore.distill.rollout import rollout
+from rcm_mcore.dual import Dual, MaybeDual, primal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The networks of a step; `negative` [1, X, text_dim] is the text of the unconditional branch."""
+
+    student: Network
+    teacher: Network
+    fake_score: Network
+    negative: Tensor
+    model_parallel_group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Samples of one forward: latents [b, C, F, H, W], text [b, X, text_dim], and their draws."""
+
+    latents: Tensor
+    text: Tensor
+    draws: Draws
+
+
+# The loss of a microbatch (None when no sample is left), and metrics summed over its samples.
+Outcome = tuple[Tensor | None, dict[str, Tensor]]
+MicroBatchStep = Callable[[MicroBatch], Outcome]
+
+
+def pretrain_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
+    """Flow matching: |v - (eps - x0)|^2, mean over the elements of a sample; dropped samples see the negative text."""
+    draws = batch.draws
+    assert draws.t_g is not None and draws.eps_g is not None and draws.dropped is not None, "draws of another phase"
+    t, eps = draws.t_g, draws.eps_g
+    text = torch.where(draws.dropped[:, None, None], roles.negative, batch.text)
+    x_s = diffuse(batch.latents, eps, t) / over_sample(t.cos() + t.sin())
+    out, rows = _finite_forward(lambda r: roles.student(x_s[r], rf_time(t[r]), text[r]), len(t), roles)
+    metrics = _counters(out, rows, len(t))
+    if out is None:
+        return None, metrics
+    loss = squared_error(primal(out).double(), (eps - batch.latents)[rows]).sum() / eps[0].numel()
+    return loss / len(t), metrics | {"loss": loss.detach()}
+
+
+def consistency_step(batch: MicroBatch, roles: Roles, config: Config, phase: Phase) -> Outcome:
+    """The sCM term (method.md 2): one dual pass of the student gives F, its tangent, and F's graph."""
+    distill, draws = config.distill, batch.draws
+    assert draws.t_g is not None and draws.eps_g is not None, "draws of another phase"
+    t = draws.t_g
+    x_t = diffuse(batch.latents, draws.eps_g, t)
+    with torch.no_grad():
+        teacher = trig_velocity(guided(roles.teacher, batch.text, roles.negative, distill.guidance), x_t, t)
+    speed = t.cos() * t.sin()
+    x_dot = over_sample(speed) * primal(teacher)
+
+    def run(rows: Tensor) -> MaybeDual:
+        x, time = Dual(x_t[rows], x_dot[rows]), Dual(t[rows], speed[rows])
+        return trig_velocity(conditioned(roles.student, batch.text[rows]), x, time)
+
+    out, rows = _finite_forward(run, len(t), roles)
+    metrics = _counters(out, rows, len(t))
+    if out is None:
+        return None, metrics
+    assert isinstance(out, Dual), "the student of a dual pass returns a Dual"
+    trig, teacher = out.primal, primal(teacher)[rows]
+    g = consistency_tangent(
+        trig.detach(), out.tangent, teacher, x_t[rows], t=t[rows], warmup=phase.warmup, scale_tangent=distill.scale_tangent
+    )
+    usable = _agree(finite_samples(g), roles)
+    g, norm = normalize_tangent(torch.where(over_sample(usable), g, 0.0), distill.tangent_norm_constant)
+    loss = consistency_loss(trig, g).sum()
+    gap = (trig.detach() - teacher).flatten(1).norm(dim=1)
+    metrics |= {
+        "loss_scm": loss.detach(),
+        "g_norm": norm.sum(),
+        "teacher_gap": torch.where(usable, gap, 0.0).sum(),
+        "nonfinite_target": (~usable).sum(),
+    }
+    return distill.scm_weight * loss / len(t), metrics
+
+
+def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
+    """The score-distillation term (method.md 3) on a rollout of the student."""
+    distill, draws = config.distill, batch.draws
+    assert draws.t_d is not None and draws.eps_d is not None, "draws of another phase"
+    assert draws.rollout_times is not None and draws.rollout_noise is not None, "draws of another phase"
+    count = len(draws.t_d)
+
+    def run(rows: Tensor) -> Tensor:
+        assert draws.rollout_times is not None and draws.rollout_noise is not None
+        student = conditioned(roles.student, batch.text[rows])
+        return rollout(student, draws.rollout_times[:, rows], draws.rollout_noise[:, rows])
+
+    generated, rows = _finite_forward(run, count, roles)
+    metrics = _counters(generated, rows, count)
+    if generated is None:
+        return None, metrics
+    assert isinstance(generated, Tensor)
+    t, text = draws.t_d[rows], batch.text[rows]
+    with torch.no_grad():
+        x_t = diffuse(generated.detach(), draws.eps_d[rows], t)
+        fake = denoised(x_t, t, trig_velocity(conditioned(roles.fake_score, text), x_t, t))
+        teacher = denoised(x_t, t, trig_velocity(guided(roles.teacher, text, roles.negative, distill.guidance), x_t, t))
+        usable = _agree(finite_samples(fake) & finite_samples(teacher), roles)
+        fake, teacher = (torch.where(over_sample(usable), x, generated.detach()) for x in (fake, teacher))
+    losses, weight = score_distillation_loss(generated, fake, teacher)
+    loss = losses.sum()
+    metrics |= {"loss_dmd": loss.detach(), "dmd_weight": weight.sum(), "nonfinite_target": (~usable).sum()}
+    return distill.dmd_weight * loss / count, metrics
+
+
+def critic_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
+    """The fake score learns the student's samples (method.md 3, critic)."""
+    draws = batch.draws
+    assert draws.t_d is not None and draws.eps_d is not None, "draws of another phase"
+    assert draws.rollout_times is not None and draws.rollout_noise is not None, "draws of another phase"
+    t, eps = draws.t_d, draws.eps_d
+    with torch.no_grad():
+        generated = rollout(conditioned(roles.student, batch.text), draws.rollout_times, draws.rollout_noise)
+    # A sample that the student could not make is no target; zeros stand in so that the forward stays finite.
+    usable = _agree(finite_samples(generated), roles)
+    generated = torch.where(over_sample(usable), generated, 0.0)
+    x_t = diffuse(generated, eps, t)
+
+    def run(rows: Tensor) -> MaybeDual:
+        return trig_velocity(conditioned(roles.fake_score, batch.text[rows]), x_t[rows], t[rows])
+
+    out, rows = _finite_forward(run, len(t), roles)
+    metrics = _counters(out, rows, len(t)) | {"nonfinite_target": (~usable).sum()}
+    if out is None:
+        return None, metrics
+    losses = squared_error(primal(out), score_target(generated, eps, t)[rows])
+    loss = torch.where(usable[rows], losses, 0.0).sum()
+    return loss / len(t), metrics | {"loss_critic": loss.detach()}
+
+
+def _finite_forward(run: Callable[[Tensor], Any], count: int, roles: Roles) -> tuple[Any, Tensor]:
+    """`run` on the samples whose output is finite on every rank of the model-parallel group, and their indices.
+
+    A non-finite sample must not reach backward, where 0 x NaN is NaN in the weight gradients: the forward is then run again
+    without it. Returns (None, no rows) when no sample is left.
+    """
+    rows = torch.arange(count, device=roles.negative.device)
+    out = run(rows)
+    good = _agree(finite_samples(primal(out)), roles)
+    if bool(good.all()):
+        return out, rows
+    rows = rows[good]
+    return (run(rows) if len(rows) else None), rows
+
+
+def _agree(good: Tensor, roles: Roles) -> Tensor:
+    """Samples that every rank of the model-parallel group finds good."""
+    if roles.model_parallel_group.size() > 1:
+        votes = good.to(torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MIN, group=roles.model_parallel_group)
+        return votes.bool()
+    return good
+
+
+def _counters(out: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
+    device = rows.device
+    left_out = torch.tensor(count - len(rows), device=device)
+    return {"samples": torch.tensor(count, device=device), "nonfinite_output": left_out}

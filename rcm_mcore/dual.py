@@ -1,0 +1,66 @@
+"""Dual numbers: a tensor and its directional derivative, and the three ways layers treat them.
+
+A layer has one forward that takes a tensor or a Dual. Linear layers see a Dual as a doubled batch (`stack`), row-wise
+functions go through `rowwise`, and attention has a kernel of its own (rcm_kernels). A tangent never carries a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dual(NamedTuple):
+    """`primal` and the derivative `tangent` of it, tensors of the same shape, dtype and device."""
+
+    primal: Tensor
+    tangent: Tensor
+
+
+MaybeDual = Tensor | Dual
+
+
+def primal(x: MaybeDual) -> Tensor:
+    """The value of a tensor or a Dual."""
+    return x.primal if isinstance(x, Dual) else x
+
+
+def stack(x: MaybeDual, dim: int = 1) -> Tensor:
+    """A Dual as one tensor of twice the batch, primal rows first; a tensor as it is. `dim`: the batch dimension."""
+    return torch.cat(x, dim) if isinstance(x, Dual) else x
+
+
+def unstack(x: Tensor, dim: int = 1) -> Dual:
+    """The inverse of `stack`: two views of `x`; the tangent is cut off the graph."""
+    value, tangent = x.chunk(2, dim)
+    return Dual(value, tangent.detach())
+
+
+def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual, dim: int = 1) -> MaybeDual:
+    """Apply a linear map without bias, one call for both halves of a Dual (doubled batch in dimension `dim`)."""
+    return unstack(fn(torch.cat(x, dim)), dim) if isinstance(x, Dual) else fn(x)
+
+
+def rowwise(fn: Callable[..., Any], *args: Any) -> Any:
+    """Apply a pure function to tensors or Duals; with a Dual among `args` every output is a Dual.
+
+    `fn` returns a tensor or a tuple of tensors; arguments that are no Dual have a zero tangent. The tangent is
+    `torch.func.jvp` of `fn`, written by nobody; the primal keeps its graph if gradients are on.
+    """
+    where = [i for i, a in enumerate(args) if isinstance(a, Dual)]
+    if not where:
+        return fn(*args)
+
+    def of_duals(*values: Tensor) -> Any:
+        filled = list(args)
+        for i, value in zip(where, values):
+            filled[i] = value
+        return fn(*filled)
+
+    out, out_dot = torch.func.jvp(of_duals, tuple(args[i].primal for i in where), tuple(args[i].tangent for i in where))
+    if isinstance(out, tuple):
+        return tuple(Dual(o, o_dot.detach()) for o, o_dot in zip(out, out_dot))
+    return Dual(out, out_dot.detach())

@@ -1,0 +1,1 @@
+"""Diffusion transformers on megatron-core; each forward takes tensors or Duals."""

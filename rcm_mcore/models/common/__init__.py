@@ -1,0 +1,1 @@
+"""What every diffusion transformer here is made of."""

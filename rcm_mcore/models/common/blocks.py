@@ -1,0 +1,93 @@
+"""A stack of transformer blocks with recompute, for tensors and for Duals."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rcm_mcore.dual import Dual, MaybeDual, primal
+from rcm_mcore.models.common.attention import AttentionCache
+
+
+class Conditioning(NamedTuple):
+    """What every block sees besides the hidden states."""
+
+    modulation: MaybeDual  # [6, B, M], wide
+    context: Tensor  # [X, B, M]
+    cos: Tensor  # [S, 1, 1, D/2]
+    sin: Tensor
+
+
+class Block(Protocol):
+    """A block maps hidden states [s, B, M] to the like, a Dual to a Dual; it fills or uses `cache`."""
+
+    def __call__(self, x: MaybeDual, cond: Conditioning, cache: AttentionCache | None = None) -> MaybeDual: ...
+
+
+class _Recompute(torch.autograd.Function):
+    """Run a block without a graph and keep only what its backward needs to run the primal again.
+
+    For a tensor that is the input ("full" recompute). For a Dual (the one-pass dual) it is the primal input and the
+    output and lse of the self-attention, which backward does not redo; the tangent is returned without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, cond: Conditioning, *tensors: Tensor) -> Any:
+        x, x_dot, modulation, modulation_dot, context = tensors
+        is_dual = x_dot is not None
+        ctx.cache = AttentionCache() if is_dual else None
+        ctx.block, ctx.rope = block, (cond.cos, cond.sin)
+        y = block(
+            Dual(x, x_dot) if is_dual else x,
+            Conditioning(Dual(modulation, modulation_dot) if is_dual else modulation, context, cond.cos, cond.sin),
+            ctx.cache,
+        )
+        ctx.save_for_backward(_owned(x), modulation, context)
+        if not isinstance(y, Dual):
+            return y
+        ctx.mark_non_differentiable(y.tangent)
+        return y.primal, y.tangent
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, (needs[2], needs[4], needs[6]))]
+        x, modulation, context = inputs
+        with torch.enable_grad():
+            y = ctx.block(x, Conditioning(modulation, context, *ctx.rope), ctx.cache)
+        torch.autograd.backward(y, grads[0])
+        return None, None, x.grad, None, modulation.grad, None, context.grad
+
+
+def _owned(x: Tensor) -> Tensor:
+    """`x`, copied if it is a part of a larger storage that keeping it would keep alive."""
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
+
+
+class BlockStack(nn.ModuleList):
+    """Blocks in order. Parameters are named by position: `0.`, `1.`, ..."""
+
+    def __init__(self, blocks: list[nn.Module], *, recompute: Literal["none", "full"]) -> None:
+        super().__init__(blocks)
+        self.recompute = recompute
+
+    def forward(self, x: MaybeDual, cond: Conditioning) -> MaybeDual:
+        """Hidden states [s, B, M] through every block.
+
+        With gradients on, a Dual always goes the one-pass way: its primal output has a graph, its tangent none.
+        """
+        recompute = torch.is_grad_enabled() and (isinstance(x, Dual) or self.recompute == "full")
+        for block in self:
+            x = _run_recomputed(block, x, cond) if recompute else block(x, cond)
+        return x
+
+
+def _run_recomputed(block: Any, x: MaybeDual, cond: Conditioning) -> MaybeDual:
+    x_dot = modulation_dot = None
+    if isinstance(x, Dual):
+        assert isinstance(cond.modulation, Dual), "a dual pass needs a dual modulation"
+        x_dot, modulation_dot = x.tangent, cond.modulation.tangent
+    y = _Recompute.apply(block, cond, primal(x), x_dot, primal(cond.modulation), modulation_dot, cond.context)
+    return Dual(*y) if isinstance(x, Dual) else y

@@ -1,0 +1,246 @@
+"""The Wan2.1 text-to-video network (architectures.md A): a velocity model v(x_s, s, text), tensor or Dual.
+
+Shapes: latents [B, C, F, H, W]; hidden states [S, B, M] with S = F H W / patch tokens ordered by time, height, width;
+text [B, X, text_dim].
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from rcm_mcore import dual
+from rcm_mcore.config import MeshConfig, ModelConfig, tokens_per_sample
+from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
+from rcm_mcore.models.common import elementwise as ew
+from rcm_mcore.models.common.blocks import BlockStack, Conditioning
+from rcm_mcore.models.common.parameters import initialize, sharded_parameters
+from rcm_mcore.models.wan.block import replicated, wan_block_spec
+from rcm_mcore.parallel.sequence import gather_sequence, scatter_sequence
+
+TIME_SCALE = 1000.0  # the sinusoid sees 1000 s, s the rectified-flow time in [0, 1]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfig:
+    """megatron-core's view of `model` on `mesh`."""
+    dtype = _DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        kv_channels=model.head_dim,
+        tensor_model_parallel_size=mesh.tp,
+        sequence_parallel=mesh.sp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False,  # needs apex
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        transformer_impl=model.transformer_impl,
+    )
+
+
+def build_wan(
+    model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, seed: int = 0, trainable: bool = True
+) -> WanModel:
+    """A network with weights that depend on `seed` and not on the mesh; frozen unless `trainable`."""
+    net = WanModel(model, transformer_config(model, mesh), groups)
+    initialize(net, partial(_initial_values, model), seed=seed, group=groups.tp)
+    return net.requires_grad_(trainable)
+
+
+class WanModel(MegatronModule):
+    """Wan2.1 T2V. Build it with `build_wan`: parameters are uninitialized after construction."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.model, self.tp_group = model, groups.tp
+        self.model_type, self.pre_process, self.post_process = ModelType.encoder_or_decoder, True, True
+        width, channels = model.hidden_size, model.in_channels * math.prod(model.patch_size)
+        self.patch_embedding = Linear(channels, width, config=config)
+        self.text_embedding = _mlp(model.text_dim, width, config=config)
+        # The text is whole on every rank and so is its gradient: not to be summed over the sequence.
+        for param in self.text_embedding.parameters():
+            param.sequence_parallel = False  # type: ignore[attr-defined]
+        self.time_embedding = _mlp(model.freq_dim, width, config=config)
+        self.time_projection = nn.ModuleDict({"1": Linear(width, 6 * width, config=config)})
+        spec = wan_block_spec(model.transformer_impl)
+        self.blocks = BlockStack(
+            [build_module(spec, config=config, model=model, group=groups.tp) for _ in range(model.num_layers)],
+            recompute=model.recompute,
+        )
+        self.head = _Head(width, channels, config=config)
+
+    def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor) -> MaybeDual:
+        """Velocity at x [B, C, F, H, W] and rectified-flow time s [B] (any float dtype), text [B, X, text_dim].
+
+        Returns [B, C, F, H, W] in max(float32, model dtype), a Dual if `x` or `s` is one (a missing tangent is zero);
+        its tangent has no graph. Raises ValueError for inputs the network does not take.
+        """
+        self._check(primal(x), primal(s), text)
+        if isinstance(x, Dual) or isinstance(s, Dual):
+            x, s = _as_dual(x), _as_dual(s)
+        patch = self.model.patch_size
+        frames, height, width = (n // p for n, p in zip(primal(x).shape[2:], patch))
+
+        e, e0 = rowwise(self._embed_time, s)
+        rope = rotary_table((frames, height, width), self.model.head_dim, primal(e0).dtype, primal(x).device)
+        cond = Conditioning(e0, self._embed_text(text), *rope)
+
+        tokens = rowwise(partial(patchify, patch=patch), x)
+        if self.config.sequence_parallel:
+            tokens = dual.linear(partial(scatter_sequence, group=self.tp_group), tokens)
+        y = self.blocks(rowwise(self._embed_patches, tokens), cond)
+        y = rowwise(partial(self.head, eps=self.model.eps), y, e)
+        if self.config.sequence_parallel:
+            y = dual.linear(partial(gather_sequence, group=self.tp_group), y)
+        return rowwise(partial(unpatchify, grid=(frames, height, width), patch=patch), y)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron's sharded view of the parameters, keyed `prefix` + name, the same for every mesh."""
+        assert not sharded_offsets and metadata is not None, "this network is the root of its state"
+        return sharded_parameters(self, prefix, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by megatron's schedules; a network that holds every layer receives nothing from another stage."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        assert input_tensor is None, "this network holds all layers and takes no hidden states from another stage"
+
+    def _embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """s [B] -> e [B, M] for the head, e0 [6, B, M] for the blocks; wide from the float64 sinusoid on."""
+        time = TIME_SCALE * s
+        if self.model.bf16_time:
+            time = time.to(torch.bfloat16)
+        half = self.model.freq_dim // 2
+        freqs = torch.exp(torch.arange(half, dtype=torch.float64, device=time.device) * (-math.log(10000.0) / half))
+        angles = time.to(torch.float64)[:, None] * freqs
+        f = torch.cat([angles.cos(), angles.sin()], -1).to(ew.island_dtype(self.config.params_dtype))
+        e = self.time_embedding["2"](F.silu(self.time_embedding["0"](f)))
+        e0 = self.time_projection["1"](F.silu(e)).unflatten(-1, (6, -1)).transpose(0, 1)
+        return e, e0
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        """text [B, X, text_dim] -> [X, B, M] in the model's dtype."""
+        text = text.to(self.config.params_dtype).transpose(0, 1)
+        return self.text_embedding["2"](F.gelu(self.text_embedding["0"](text), approximate="tanh"))
+
+    def _embed_patches(self, tokens: Tensor) -> Tensor:
+        """tokens [s, B, C patch] -> the residual stream [s, B, M]."""
+        z = self.patch_embedding(tokens.to(ew.island_dtype(self.config.params_dtype)))
+        return z if self.model.fp32_residual else z.to(self.config.params_dtype)
+
+    def _check(self, x: Tensor, s: Tensor, text: Tensor) -> None:
+        model, device = self.model, self.patch_embedding.weight.device
+        if x.ndim != 5:
+            raise ValueError(f"x has shape {list(x.shape)}: must be [B, C, F, H, W]")
+        tokens = tokens_per_sample(model, tuple(x.shape[1:]))
+        if self.config.sequence_parallel and tokens % self.tp_group.size():
+            raise ValueError(
+                f"x has shape {list(x.shape)}: its {tokens} tokens cannot be split over "
+                f"{self.tp_group.size()} tensor-parallel ranks; use another size or mesh.sp=false"
+            )
+        if s.shape != x.shape[:1]:
+            raise ValueError(f"s has shape {list(s.shape)}: must be [{x.shape[0]}], one per sample")
+        wanted = (x.shape[0], model.text_len, model.text_dim)
+        if text.shape != wanted:
+            raise ValueError(f"text has shape {list(text.shape)}: must be {list(wanted)}, padded with zero rows")
+        for name, value in (("x", x), ("s", s), ("text", text)):
+            if not value.is_floating_point():
+                raise ValueError(f"{name} has dtype {value.dtype}: must be floating-point")
+            if value.device != device:
+                raise ValueError(f"{name} is on {value.device}: the network is on {device}")
+
+
+class Linear(nn.Module):
+    """x W^T + b in the dtype of x, with replicated parameters."""
+
+    def __init__(self, in_features: int, out_features: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = replicated(out_features, in_features, config=config)
+        self.bias = replicated(out_features, config=config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _Head(nn.Module):
+    """Modulated norm and projection to patches, in the dtype of the islands (architectures.md A.1, item 7)."""
+
+    def __init__(self, width: int, channels: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        self.modulation = replicated(1, 2, width, config=config)
+        self.head = Linear(width, channels, config=config)
+
+    def forward(self, z: Tensor, e: Tensor, *, eps: float) -> Tensor:
+        """z [s, B, M], e [B, M] -> [s, B, patch C]."""
+        shift, scale = (self.modulation.transpose(0, 1) + e).unbind(0)
+        return self.head(ew.modulated_norm(z, shift, scale, eps=eps, dtype=e.dtype))
+
+
+def _mlp(in_features: int, width: int, *, config: TransformerConfig) -> nn.ModuleDict:
+    """Two linears, named as in the released checkpoints."""
+    return nn.ModuleDict({"0": Linear(in_features, width, config=config), "2": Linear(width, width, config=config)})
+
+
+def _as_dual(x: MaybeDual) -> Dual:
+    return x if isinstance(x, Dual) else Dual(x, torch.zeros_like(x))
+
+
+def patchify(x: Tensor, *, patch: tuple[int, int, int]) -> Tensor:
+    """[B, C, F, H, W] -> [S, B, C pt ph pw], tokens by time, height, width."""
+    b, c, f, h, w = x.shape
+    pt, ph, pw = patch
+    x = x.reshape(b, c, f // pt, pt, h // ph, ph, w // pw, pw).permute(2, 4, 6, 0, 1, 3, 5, 7)
+    return x.reshape((f // pt) * (h // ph) * (w // pw), b, -1)
+
+
+def unpatchify(y: Tensor, *, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """[S, B, pt ph pw C] -> [B, C, F, H, W] (channels last within a patch, unlike `patchify`)."""
+    b = y.shape[1]
+    y = y.reshape(*grid, b, *patch, -1).permute(3, 7, 0, 4, 1, 5, 2, 6)
+    return y.reshape(b, -1, *(n * p for n, p in zip(grid, patch)))
+
+
+@lru_cache(maxsize=8)
+def rotary_table(grid: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, 1, 1, D/2] of the rotary angles (architectures.md A.1, item 5); computed in float64."""
+    spatial = 2 * (head_dim // 6)
+    widths = (head_dim - 2 * spatial, spatial, spatial)
+    positions = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")
+    angles = [
+        p.reshape(-1, 1) * 10000.0 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for p, n in zip(positions, widths)
+    ]
+    table = torch.cat(angles, -1)[:, None, None]
+    return table.cos().to(device, dtype), table.sin().to(device, dtype)
+
+
+def _initial_values(model: ModelConfig, name: str, full: Tensor) -> None:
+    """Wan's initialization (architectures.md A.1, item 8): Xavier linears, MLPs N(0, 0.02), a zero head."""
+    if name.endswith("modulation"):
+        full.normal_(std=model.hidden_size**-0.5)
+    elif name.endswith("bias") or name == "head.head.weight":
+        full.zero_()
+    elif full.ndim == 1:
+        full.fill_(1.0)
+    elif name.startswith(("text_embedding", "time_embedding")):
+        full.normal_(std=0.02)
+    else:
+        parts = {"linear_qkv": 3, "linear_kv": 2}.get(name.split(".")[-2], 1)  # fused linears, each with its own fan-out
+        bound = math.sqrt(6.0 / (full.shape[1] + full.shape[0] / parts))
+        full.uniform_(-bound, bound)

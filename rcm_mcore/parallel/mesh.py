@@ -1,0 +1,101 @@
+"""Process groups of a run. The only place, with its neighbours in this package, that reads megatron's parallel_state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from rcm_mcore.config import MeshConfig
+from rcm_mcore.parallel import cpu
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups and ranks of this process.
+
+    `groups` is megatron's collection (tp, dp, dp_cp, mp, ...); `device` is where tensors of this rank live.
+    """
+
+    config: MeshConfig
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.groups.tp
+
+    @property
+    def tp_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.groups.dp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run (progress, logs)."""
+        return dist.get_rank() == 0
+
+
+def init_distributed(*, timeout_minutes: float = 30.0) -> torch.device:
+    """Join the default process group that torchrun describes (alone without it); NCCL where a GPU exists, else gloo.
+
+    Returns the device of this rank.
+    """
+    cpu.install()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Build megatron's process groups for `config` on the ranks of the default group. Call `destroy_mesh` before another."""
+    device = init_distributed()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
+    model_parallel_cuda_manual_seed(0)  # the trackers must exist; no layer of ours draws from them
+    return Mesh(config, ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def destroy_mesh() -> None:
+    """Forget megatron's groups (the default process group stays)."""
+    parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def local_mesh() -> Iterator[Mesh]:
+    """A mesh of one process for tools: makes a process group of its own if there is none, and removes what it made."""
+    fresh = not dist.is_initialized()
+    mesh = make_mesh(MeshConfig())
+    try:
+        yield mesh
+    finally:
+        destroy_mesh()
+        if fresh:
+            dist.destroy_process_group()

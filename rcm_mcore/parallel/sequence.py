@@ -1,0 +1,51 @@
+"""The sequence axis over tensor-parallel ranks, and sums over them that keep gradients exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of `x` [s, ...] -> [s / tp, ...]; the gradient is gathered."""
+    return x if group.size() == 1 else scatter_to_sequence_parallel_region(x, group=group)
+
+
+def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All rows of `x` [s / tp, ...] -> [s, ...], for a loss that every rank computes alike (the gradient is sliced)."""
+    if group.size() == 1:
+        return x
+    return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce in forward and in backward.
+
+    Each rank's summand influences every rank's use of the sum, so its gradient is the sum of theirs. (megatron's
+    reduction has an identity backward, right only where the loss after it is computed alike on all ranks.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of `x` over `group`, with the exact gradient where each rank uses the sum differently."""
+    return x if group.size() == 1 else _SumOverRanks.apply(x, group)

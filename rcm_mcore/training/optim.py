@@ -1,0 +1,164 @@
+"""AdamW without a first moment, sharded over the data-parallel ranks, with the EMA of the master weights in its state.
+
+With beta1 = 0 (method.md 5) the first moment of Adam is the gradient itself, so it is not stored: 4 bytes a parameter saved
+for every trained network. The EMA takes its place in megatron's sharded checkpoint code, which knows three tensors a
+parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, _get_param_groups_and_buffers
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from rcm_mcore.config import OptimConfig
+from rcm_mcore.parallel.mesh import Mesh
+
+
+class AdamWNoMomentum(torch.optim.AdamW):
+    """AdamW with beta1 = 0; equal to torch.optim.AdamW(betas=(0, beta2)), without its first moment.
+
+    State of a parameter: `exp_avg_sq`, float32, and `ema` if asked for. The step count is a field of the group.
+    """
+
+    def __init__(self, params: Iterable[Any], *, lr: float, beta2: float, eps: float, weight_decay: float) -> None:
+        super().__init__(params, lr=lr, betas=(0.0, beta2), eps=eps, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["step"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the gradients of the parameters; every parameter must have one."""
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            params: list[Tensor] = group["params"]
+            if not params:
+                continue
+            group["step"] += 1
+            grads = [p.grad for p in params]
+            moments = [self.state[p]["exp_avg_sq"] for p in params]
+            beta2, lr = group["betas"][1], group["lr"]
+            torch._foreach_mul_(moments, beta2)
+            torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
+            denominators = torch._foreach_sqrt(moments)
+            torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_addcdiv_(params, grads, denominators, -lr)
+
+
+class ShardedOptimizer(DistributedOptimizer):
+    """megatron's DistributedOptimizer around AdamWNoMomentum, with the EMA and its own handling of scalar state.
+
+    Its checkpoint holds the float32 master weights, the second moments and, under `ema.`, the EMA: full tensors by
+    parameter name, whatever the mesh.
+    """
+
+    has_ema: bool
+
+    def initialize_state(self, *, has_ema: bool) -> None:
+        """Allocate the state: zero second moments and, with `has_ema`, an EMA equal to the weights."""
+        self.has_ema = has_ema
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                self.optimizer.state[param] = {"exp_avg_sq": torch.zeros_like(param, dtype=torch.float32)}
+                if has_ema:
+                    self.optimizer.state[param]["ema"] = param.detach().clone()
+
+    @torch.no_grad()
+    def update_ema(self, beta: float) -> None:
+        """ema <- beta ema + (1 - beta) weights, from the float32 masters."""
+        for group in self.optimizer.param_groups:
+            if group["params"]:
+                torch._foreach_lerp_([self.optimizer.state[p]["ema"] for p in group["params"]], group["params"], 1 - beta)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups without their parameters (learning rate, step count, ...)."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Groups, and the parameter state if it is there, from a loaded checkpoint."""
+        for group, saved in zip(self.optimizer.param_groups, state_dict["optimizer"]["param_groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+        if "param_state" in state_dict:
+            assert state_dict["param_state_sharding_type"] == "fully_reshardable", "the only form that we save"
+            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """As megatron's, with the EMA keyed `ema.` + parameter name in the place of the first moment."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        for tensors in (state["param_state"] or {}).values():
+            if self.has_ema:
+                key = tensors["exp_avg"].key.replace("optimizer.state.exp_avg.", "ema.")
+                tensors["exp_avg"] = dataclasses.replace(tensors["exp_avg"], key=key)
+            else:
+                tensors.pop("exp_avg")
+        return state
+
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        main, state = self._main_and_state(model_param)
+        # megatron gathers three tensors by these names; without an EMA the third is a zero that takes no memory.
+        ema = state["ema"] if self.has_ema else torch.zeros((), device=main.device).expand_as(main)
+        return {"param": main, "exp_avg": ema, "exp_avg_sq": state["exp_avg_sq"]}
+
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        main, state = self._main_and_state(model_param)
+        main.copy_(tensors["param"])
+        state["exp_avg_sq"].copy_(tensors["exp_avg_sq"])
+        if self.has_ema:
+            state["ema"].copy_(tensors["exp_avg"])
+
+    def _main_and_state(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        return main, self.optimizer.state[main]
+
+
+def make_optimizer(
+    config: OptimConfig, model: DistributedDataParallel, mesh: Mesh, *, lr: float, has_ema: bool
+) -> ShardedOptimizer:
+    """The optimizer of one trained network (float32 or bfloat16 parameters)."""
+    groups = mesh.groups
+    # An infinite bound measures the norm and clips nothing.
+    megatron_config = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        clip_grad=config.clip_grad or math.inf,
+        use_distributed_optimizer=True,
+    )
+    param_groups, buffers = _get_param_groups_and_buffers(
+        [model], 0, megatron_config, {}, filter_fn=lambda group: not group["is_expert_parallel"], buffer_name="buffers"
+    )
+    inner = AdamWNoMomentum(param_groups, lr=lr, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
+    optimizer = ShardedOptimizer(
+        inner,
+        megatron_config,
+        None,
+        None,
+        model_chunks=[model],
+        per_model_buffers=buffers,
+        data_parallel_group=groups.dp_cp,
+        data_parallel_group_gloo=None,
+        data_parallel_group_idx=groups.mp.rank(),
+        distributed_optimizer_instance_id=0,
+    )
+    optimizer.grad_stats_parallel_group = groups.intra_dist_opt
+    optimizer.tp_group = groups.tp
+    optimizer.initialize_state(has_ema=has_ema)
+    return optimizer

@@ -1,0 +1,26 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """One rank."""
+    from rcm_mcore.config import MeshConfig
+    from rcm_mcore.parallel.mesh import make_mesh
+
+    return make_mesh(MeshConfig())
+
+
+def pytest_collection_modifyitems(config, items):
+    """GPU tests run where the GPUs are."""
+    present = torch.cuda.device_count()
+    for item in items:
+        for n in (1, 2, 4, 8):
+            if item.get_closest_marker(f"gpu{n}") and present < n:
+                item.add_marker(pytest.mark.skip(reason=f"needs {n} GPUs, this machine has {present}"))

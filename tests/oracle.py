@@ -1,0 +1,118 @@
+"""diffusers' Wan in float64: the network that ours is measured against, written by others.
+
+`islands_in_fp64`, `Sinusoid`: diffusers computes parts in float32 whatever the model's dtype; these keep them in float64.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rcm_mcore.config import ModelConfig
+
+
+@contextlib.contextmanager
+def islands_in_fp64():
+    stock = torch.Tensor.float
+    torch.Tensor.float = lambda self, *a, **k: self if self.dtype == torch.float64 else stock(self, *a, **k)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.Tensor.float = stock
+
+
+class Sinusoid(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, t):
+        half = self.width // 2
+        a = t[:, None] * torch.exp(-math.log(1e4) * torch.arange(half, dtype=t.dtype) / half)
+        return torch.cat([a.cos(), a.sin()], 1)
+
+
+def small_model(**changes):
+    """A network with head width 32 and three axes of different sizes in mind; float64."""
+    fields = dict(
+        size="tiny", num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=96, in_channels=4, freq_dim=32,
+        text_dim=24, text_len=10, dtype="float64", recompute="none",
+    )  # fmt: skip
+    return ModelConfig(**{**fields, **changes})
+
+
+def diffusers_wan(model: ModelConfig, seed: int = 0, dtype=torch.float64):
+    """diffusers' transformer of the same shape with random weights, none of them zero. Build it inside islands_in_fp64."""
+    from diffusers import WanTransformer3DModel
+
+    net = WanTransformer3DModel(
+        patch_size=model.patch_size,
+        num_attention_heads=model.num_attention_heads,
+        attention_head_dim=model.head_dim,
+        in_channels=model.in_channels,
+        out_channels=model.in_channels,
+        text_dim=model.text_dim,
+        freq_dim=model.freq_dim,
+        ffn_dim=model.ffn_hidden_size,
+        num_layers=model.num_layers,
+        eps=model.eps,
+    ).to(dtype)
+    net.condition_embedder.timesteps_proj = Sinusoid(model.freq_dim)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.15 * values)
+    return net
+
+
+def names_of_ours(model: ModelConfig, state):
+    """diffusers' tensors under our names, written out here independently of rcm_mcore.interop."""
+    n, d = model.num_attention_heads, model.head_dim
+
+    def fuse(*parts):
+        return torch.stack([p.unflatten(0, (n, d)) for p in parts], 1).flatten(0, 2)
+
+    get = lambda name: (state[name + ".weight"], state[name + ".bias"])
+    out = {
+        "patch_embedding.weight": state["patch_embedding.weight"].flatten(1),
+        "patch_embedding.bias": state["patch_embedding.bias"],
+        "head.modulation": state["scale_shift_table"],
+    }
+    pairs = {
+        "text_embedding.0": get("condition_embedder.text_embedder.linear_1"),
+        "text_embedding.2": get("condition_embedder.text_embedder.linear_2"),
+        "time_embedding.0": get("condition_embedder.time_embedder.linear_1"),
+        "time_embedding.2": get("condition_embedder.time_embedder.linear_2"),
+        "time_projection.1": get("condition_embedder.time_proj"),
+        "head.head": get("proj_out"),
+    }
+    for i in range(model.num_layers):
+        b, a = f"blocks.{i}.", f"blocks.{i}."
+        q, k, v = (get(f"{b}attn1.to_{x}") for x in "qkv")
+        pairs[a + "self_attn.linear_qkv"] = tuple(fuse(*x) for x in zip(q, k, v))
+        pairs[a + "self_attn.linear_proj"] = get(b + "attn1.to_out.0")
+        pairs[a + "cross_attn.linear_q"] = get(b + "attn2.to_q")
+        pairs[a + "cross_attn.linear_kv"] = tuple(fuse(*x) for x in zip(get(b + "attn2.to_k"), get(b + "attn2.to_v")))
+        pairs[a + "cross_attn.linear_proj"] = get(b + "attn2.to_out.0")
+        pairs[a + "norm3"] = get(b + "norm2")
+        pairs[a + "ffn.linear_fc1"] = get(b + "ffn.net.0.proj")
+        pairs[a + "ffn.linear_fc2"] = get(b + "ffn.net.2")
+        out[a + "modulation"] = state[b + "scale_shift_table"]
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+            for x in "qk":
+                out[f"{a}{ours}.norm_{x}.weight"] = state[f"{b}{theirs}.norm_{x}.weight"]
+    for name, (weight, bias) in pairs.items():
+        out[name + ".weight"], out[name + ".bias"] = weight, bias
+    return out
+
+
+def inputs(model: ModelConfig, batch=2, grid=(3, 8, 12), seed=1, dtype=torch.float64):
+    """x, x_dot, s, s_dot, text: latents with three different axes, times that are not whole numbers."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    x, x_dot = (draw(batch, model.in_channels, *grid) for _ in range(2))
+    s = torch.linspace(0.13, 0.91, batch, dtype=dtype)
+    return x, x_dot, s, draw(batch) * 0.1, draw(batch, model.text_len, model.text_dim)

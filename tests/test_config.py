@@ -1,0 +1,175 @@
+"""Configuration: what is accepted, and what an error says about what is not."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from launch import environment
+
+from rcm_mcore.config import (
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    load_config,
+    parse_config,
+    to_yaml,
+    tokens_per_sample,
+    validate_mesh,
+)
+
+TREE = {
+    "model": {"size": "tiny"},
+    "mesh": {"tp": 2, "sp": True},
+    "train": {"objective": "pretrain", "steps": 10, "global_batch_size": 8, "micro_batch_size": 4},
+    "data": {"shards": "shards/*.tar", "latent_shape": [32, 2, 4, 4]},
+    "checkpoint": {"dir": "run"},
+}
+
+
+def changed(path, value):
+    tree = yaml.safe_load(yaml.safe_dump(TREE))
+    *parents, leaf = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[leaf] = value
+    return tree
+
+
+def test_resolved_config_reads_back_the_same():
+    config = parse_config(changed("model.num_layers", 5))
+    assert config.model.num_layers == 5 and config.model.hidden_size == 192
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_named_sizes_are_wan(mesh):
+    """Parameter counts of architectures.md A.0."""
+    import torch
+
+    from rcm_mcore.models.wan.model import WanModel, transformer_config
+
+    for size, count in (("1.3B", 1_418_996_800), ("14B", 14_288_491_584)):
+        model = parse_config(changed("model.size", size) | {"data": {**TREE["data"], "latent_shape": [16, 21, 60, 104]}}).model
+        with torch.device("meta"):
+            stock = torch.cuda.current_device
+            torch.cuda.current_device = lambda: torch.device("meta")
+            try:
+                net = WanModel(model, transformer_config(model, MeshConfig()), mesh.groups)
+            finally:
+                torch.cuda.current_device = stock
+        assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    config = load_config(
+        path, ["optim.lr=1e-5", "mesh.sp=false", "data.shards=[a.tar, b.tar]", "distill.negative_embedding=null"]
+    )
+    assert config.optim.lr == 1e-5 and not config.mesh.sp and config.data.shards == ("a.tar", "b.tar")
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("modle", {}, "unknown key modle: did you mean model?"),
+        ("model.num_layer", 3, "unknown key model.num_layer: did you mean model.num_layers?"),
+        ("optim.learning", 3, "unknown key optim.learning: known: lr, "),
+        ("model.size", "13B", "model.size='13B': must be one of tiny, 1.3B, 14B (did you mean 1.3B?)"),
+        ("model.num_layers", "three", "model.num_layers='three': must be a whole number, not a string"),
+        ("model.num_layers", True, "model.num_layers=True: must be a whole number, not true/false"),
+        ("model.num_layers", 0, "model.num_layers=0: must be at least 1"),
+        ("mesh.sp", 1, "mesh.sp=1: must be true or false, not a whole number"),
+        ("optim.lr", "fast", "optim.lr='fast': must be a number, not a string"),
+        ("optim.lr", 0, "optim.lr=0.0: must be positive"),
+        ("optim.ema_length", 0.5, "optim.ema_length=0.5: must lie in (0, 0.28)"),
+        ("train", 3, "train=3: must be a section with fields, not a whole number"),
+        ("data.latent_shape", [32, 2, 4], "data.latent_shape=[32, 2, 4]: must have 4 entries"),
+        ("data.latent_shape", [16, 2, 4, 4], "16 channels, but model.in_channels=32"),
+        ("data.latent_shape", [32, 2, 5, 4], "H=5 is not a multiple of the patch 2"),
+        ("data.shards", [], "data.shards is empty"),
+        ("model.hidden_size", 191, "model.hidden_size=191 is not a multiple of model.num_attention_heads=6"),
+        ("train.objective", "distill", "distill.teacher is empty"),
+        ("train.steps", None, "train.steps=None: must be a whole number, not nothing"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(path, value, message):
+    with pytest.raises(ConfigError) as error:
+        parse_config(changed(path, value))
+    assert message in str(error.value)
+
+
+def test_missing_fields_are_listed():
+    tree = changed("train", {"objective": "pretrain"})
+    with pytest.raises(ConfigError, match=r"missing: train.steps, train.global_batch_size, train.micro_batch_size"):
+        parse_config(tree)
+    with pytest.raises(ConfigError, match=r"missing: model.size \(one of tiny, 1.3B, 14B\)"):
+        parse_config(changed("model", {}))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [("optim.lr", "write section.field=value"), ("mesh.tp.x=1", "tp is a value, not a section"), ("a=[", "not valid YAML")],
+)
+def test_bad_overrides(tmp_path, override, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [override])
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(tmp_path / "list.yaml")
+
+
+WAN_1_3B = ModelConfig(size="1.3B", num_layers=30, hidden_size=1536, num_attention_heads=12, ffn_hidden_size=8960)
+
+
+@pytest.mark.parametrize(
+    "mesh, world, tokens, message",
+    [
+        (MeshConfig(tp=8), 8, None, r"mesh.tp=8 must divide model.num_attention_heads=12 .*: use one of \[1, 2, 4\]"),
+        (MeshConfig(tp=0), 8, None, "mesh.tp=0: must be at least 1"),
+        (MeshConfig(tp=4), 6, None, "mesh.tp=4 does not divide the 6 ranks"),
+        (MeshConfig(sp=True), 1, None, "mesh.sp=true with mesh.tp=1"),
+        (
+            MeshConfig(tp=4, sp=True),
+            4,
+            31_202,
+            r"the 31202 tokens of a sample over mesh.tp=4: use mesh.tp in \[2\] or mesh.sp=false",
+        ),
+    ],
+)
+def test_bad_meshes_are_named(mesh, world, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        validate_mesh(WAN_1_3B, mesh, world, tokens=tokens)
+
+
+def test_mesh_gives_data_parallel_size():
+    assert validate_mesh(WAN_1_3B, MeshConfig(tp=2, sp=True), 8, tokens=32_760) == 4
+    assert tokens_per_sample(WAN_1_3B, (16, 21, 60, 104)) == 32_760
+
+
+def test_validation_is_quick_and_imports_no_torch(tmp_path):
+    """A second at most, so that a mistake costs nothing; torch alone takes longer to import on a busy machine."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    code = f"""
+import sys
+from rcm_mcore.config import load_config, validate_mesh
+config = load_config({str(path)!r})
+validate_mesh(config.model, config.mesh, 2)
+assert "torch" not in sys.modules and "megatron" not in sys.modules
+"""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+    print(f"validated in {time.monotonic() - start:.2f} s")

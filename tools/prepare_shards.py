@@ -1,0 +1,148 @@
+"""Writes WebDataset shards of latents and text embeddings: ``prepare_shards.py digits OUT_DIR``."""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+COMPLETE = "dataset.json"  # written last: a folder that holds it is complete
+_PACKAGES = ("torch", "transformers", "sentencepiece", "scikit-learn", "numpy")
+
+_log = logging.getLogger("prepare_shards")
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says what would work."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its subcommands are the data sets."""
+    parser = argparse.ArgumentParser(prog="prepare_shards.py", description=__doc__)
+    commands = parser.add_subparsers(dest="dataset", required=True)
+    digits = commands.add_parser(
+        "digits",
+        help="videos of real handwritten digits that move, from scikit-learn's bundled scans; no network",
+        description="Writes OUT_DIR/{train,heldout}/shard_*.tar, text_encoder/ (tokenizer and UMT5), codec.json,"
+        " negative_embedding.safetensors (the empty prompt) and, last, dataset.json. A complete folder is left as it"
+        " is; what an interrupted run left is written anew.",
+    )
+    digits.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    # 64 gives 90 train shards: more than the default number of readers, and small enough that the order of whole
+    # shards, which is what an epoch shuffles, mixes well.
+    digits.add_argument("--samples-per-shard", type=_at_least(1), default=64, metavar="N", help="default %(default)s")
+    digits.add_argument("--seed", type=_at_least(0), default=0, help="of split, positions, order, encoder; default 0")
+    return parser
+
+
+def prepare_digits(out_dir: Path, *, samples_per_shard: int, seed: int) -> None:
+    """Writes the digit data set.
+
+    Everything is built in ``OUT_DIR.partial``, which takes its name when it is complete, so OUT_DIR never holds half
+    a data set.
+
+    Raises: UsageError when out_dir is something else, or the same data set with other arguments.
+    """
+    arguments = {"dataset": "digits", "samples_per_shard": samples_per_shard, "seed": seed}
+    if _is_complete(out_dir, arguments):
+        _log.info("%s is complete: nothing to do", out_dir)
+        return
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    counts = _write_digits(partial, samples_per_shard, seed)
+    versions = {package: version(package) for package in _PACKAGES}
+    content = {"arguments": arguments, "counts": counts, "versions": versions}
+    (partial / COMPLETE).write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(out_dir)  # an empty OUT_DIR is replaced
+    _log.info("%s: %s", out_dir, json.dumps(counts))
+
+
+def _write_digits(folder: Path, samples_per_shard: int, seed: int) -> dict[str, int]:
+    """Fills the folder; returns the numbers of samples and shards of both splits."""
+    # Imported here: transformers takes seconds, which --help and a complete folder need not.
+    import safetensors.torch
+    import transformers
+
+    from rcm_mcore.data import digits, text
+    from rcm_mcore.data.shards import write_shards
+
+    transformers.utils.logging.disable_progress_bar()
+    splits = dict(zip(("train", "heldout"), digits.train_heldout_videos(seed=seed)))
+    codec = digits.DigitCodec.fit(splits["train"].videos)
+    codec.save(folder / "codec.json")
+    text.train_tokenizer(digits.all_prompts(), folder / "text_encoder")
+    text.build_text_encoder(folder / "text_encoder", seed=seed)
+    encoder = text.TextEncoder(folder / "text_encoder")
+    prompts = [*digits.all_prompts(), ""]
+    embeddings = dict(zip(prompts, encoder.encode(prompts)))
+    safetensors.torch.save_file({"embed": embeddings[""]}, folder / "negative_embedding.safetensors")
+    counts = {}
+    for split, videos in splits.items():
+        samples = _samples(split, codec.encode(videos.videos), videos.prompts(), embeddings)
+        counts[f"{split}_samples"] = len(videos.videos)
+        counts[f"{split}_shards"] = len(write_shards(samples, folder / split, samples_per_shard=samples_per_shard))
+    return counts
+
+
+def _samples(split: str, latents, prompts: Sequence[str], embeddings) -> Iterator:
+    """The samples to write, in order, under a progress bar."""
+    from tqdm import tqdm
+
+    from rcm_mcore.data.shards import Sample
+
+    for latent, prompt in tqdm(zip(latents, prompts), total=len(prompts), desc=split, unit="video"):
+        yield Sample(latent=latent, embed=embeddings[prompt], prompt=prompt)
+
+
+def _is_complete(out_dir: Path, arguments: dict) -> bool:
+    """Whether out_dir holds the data set of these arguments; False when it is missing or empty.
+
+    Raises: UsageError when it holds anything else.
+    """
+    marker = out_dir / COMPLETE
+    if not marker.is_file():
+        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+            raise UsageError(f"{out_dir} exists, is not empty and is no data set of this tool; give another folder")
+        return False
+    try:
+        found = json.loads(marker.read_text())["arguments"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{marker} is damaged; remove the folder {out_dir} or give another one") from None
+    if found != arguments:
+        raise UsageError(
+            f"{out_dir} was written with {json.dumps(found)}, asked for is {json.dumps(arguments)};"
+            " remove it, give another folder or the same arguments"
+        )
+    return True
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    """A converter for argparse: integers from the minimum on."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {minimum}")
+        return value
+
+    return integer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code: 0, or 2 for what cannot work or be written."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        prepare_digits(arguments.out_dir.resolve(), samples_per_shard=arguments.samples_per_shard, seed=arguments.seed)
+    except (UsageError, OSError) as error:
+        print(f"prepare_shards.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
