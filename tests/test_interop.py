@@ -17,16 +17,17 @@ from diffusers import AutoModel, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from rcm_mcore import interop
+from rcm_mcore.config import ModelConfig
 from rcm_mcore.interop import WanShape, convert
 
-# Every size differs from every other, so that no two can be mixed up; the patch is the released one.
+# Sizes differ wherever they can, so that no two can be mixed up; the patch is the released one.
 SHAPE = WanShape(
     num_layers=2,
     hidden_size=64,
     num_heads=2,
     ffn_hidden_size=96,
     in_channels=5,
-    out_channels=3,
+    out_channels=5,
     text_dim=24,
     freq_dim=32,
 )
@@ -35,14 +36,14 @@ SUFFIX = {"diffusers": "", "wan": ".pth", "rcm": ".pt", "mcore": ""}
 
 def read_network(path, *, which="student"):
     """Stands in for our checkpoints: one safetensors file and one JSON file."""
-    return safetensors.torch.load_file(path / f"{which}.safetensors"), json.loads((path / "shape.json").read_text())
+    return safetensors.torch.load_file(path / f"{which}.safetensors"), json.loads((path / "model.json").read_text())
 
 
-def write_network(path, tensors, shape):
+def write_network(path, tensors, model):
     path.mkdir()
     safetensors.torch.save_file(tensors, path / "student.safetensors")
     safetensors.torch.save_file({n: t + 1 for n, t in tensors.items()}, path / "ema.safetensors")
-    (path / "shape.json").write_text(json.dumps(dataclasses.asdict(shape) | {"eps": 1e-6}))
+    (path / "model.json").write_text(json.dumps(model))
 
 
 FORMATS = {**interop.FORMATS, "mcore": interop.network_format(read_network, write_network)}
@@ -195,7 +196,37 @@ def test_every_direction_is_bit_exact(a, b, net, sources, tmp_path):
     convert(b, "diffusers", there, back, formats=FORMATS, head_dim=32)
     loaded = WanTransformer3DModel.from_pretrained(back)
     assert same(loaded.state_dict(), net.state_dict())
-    assert torch.equal(output(loaded), output(net))
+    # Copied first: from_pretrained maps the file, and weights at other alignments take other code paths in matmuls.
+    fresh = random_transformer(seed=2)
+    assert not torch.equal(output(fresh), output(net))
+    fresh.load_state_dict(loaded.state_dict())
+    assert torch.equal(output(fresh), output(net))
+
+
+def test_channels_out_other_than_in(tmp_path):
+    """No mcore network has them; the other formats can hold one."""
+    shape = dataclasses.replace(SHAPE, out_channels=3)
+    net = random_transformer(shape)
+    net.save_pretrained(tmp_path / "a")
+    assert convert("diffusers", "rcm", tmp_path / "a", tmp_path / "b.pt").shape == shape
+    assert convert("rcm", "diffusers", tmp_path / "b.pt", tmp_path / "c", head_dim=32).shape == shape
+    assert same(WanTransformer3DModel.from_pretrained(tmp_path / "c").state_dict(), net.state_dict())
+    with pytest.raises(ValueError, match="in_channels=5, out_channels=3: must be equal"):
+        convert("diffusers", "mcore", tmp_path / "a", tmp_path / "m", formats=FORMATS)
+    assert not (tmp_path / "m").exists()
+
+
+def test_model_section():
+    model = interop.model_of_shape(SHAPE)
+    section = ModelConfig(**model)
+    assert (section.head_dim, section.text_dim, section.freq_dim, section.in_channels) == (32, 24, 32, 5)
+    assert interop.shape_of_model(model) == SHAPE
+    big = WanShape(num_layers=40, hidden_size=5120, num_heads=40, ffn_hidden_size=13824)
+    assert interop.model_of_shape(big)["size"] == "14B"
+    with pytest.raises(ValueError, match="model section lacks num_attention_heads"):
+        interop.shape_of_model(drop(model, "num_attention_heads"))
+    with pytest.raises(ValueError, match=r"model.eps=1e-05"):
+        interop.shape_of_model(model | {"eps": 1e-5})
 
 
 def test_mixed_dtypes_survive(net, tmp_path):
@@ -443,7 +474,7 @@ def test_index_may_not_leave_the_folder(net, tmp_path):
     index = tmp_path / "d" / "diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = "proj_out.bias"
-    safetensors.torch.save_file({name: torch.zeros(12)}, tmp_path / "outside.safetensors")
+    safetensors.torch.save_file({name: torch.zeros(20)}, tmp_path / "outside.safetensors")
     index.write_text(json.dumps({"weight_map": content["weight_map"] | {name: "../outside.safetensors"}}))
     with pytest.raises(ValueError, match="not in the folder"):
         interop.read_diffusers(tmp_path / "d")

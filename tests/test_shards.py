@@ -200,9 +200,10 @@ def test_rcm_shards_are_read_under_both_namings(tmp_path, as_folders):
     entries = [(f"{i:09d}", {**rcm_members(make_sample(i)), **extra}) for i in range(3)]
     path = write_tar(tmp_path / "shard_000000.tar", entries, as_folders=as_folders)
     with tarfile.open(path, "a") as tar:  # what tar itself adds
-        folder = tarfile.TarInfo("000000002")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
+        for name in ("000000002", "000000002.old"):
+            folder = tarfile.TarInfo(name)
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
         for name in ("./000000003/._000000003.latent.pt", "README"):
             tar.addfile(tarfile.TarInfo(name))
         for extension, data in rcm_members(make_sample(3)).items():

@@ -99,7 +99,7 @@ def flash_attention_backward(  # noqa: PLR0917 (the order in which autograd save
     Args:
         dout, q, out: [B, Sq, N, D].
         k, v: [B, Skv, N, D].
-        lse: [B, N, Sq], contiguous in its last dimension, as returned by the forward functions.
+        lse: [B, N, Sq], as returned by the forward functions.
         scale: the scale of the forward; None for D**-0.5.
 
     Returns:

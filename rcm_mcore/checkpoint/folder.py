@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ class CheckpointFolder:
         error = ""
         try:
             fill(partial)
-        except Exception as failure:
+        except (Exception, CheckpointException) as failure:  # the latter is a BaseException
             error = f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
         if not error:
             dist.barrier()  # every file is there

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from rcm_mcore.parallel.cpu import use_forked_write_queue
+from rcm_mcore.parallel.cpu import write_checkpoints_in_process
 from rcm_mcore.parallel.mesh import local_mesh
 
 Which = Literal["student", "ema", "fake_score"]
@@ -83,7 +83,7 @@ def write_network(path: str | Path, tensors: Mapping[str, Tensor], model: Mappin
     partial.mkdir(parents=True)
     try:
         with local_mesh():
-            use_forked_write_queue()
+            write_checkpoints_in_process()
             sharded = {
                 name: ShardedTensor.from_rank_offsets(PREFIX["student"] + name, tensor.contiguous())
                 for name, tensor in tensors.items()

@@ -77,6 +77,7 @@ class DistillConfig:
     """rCM and its two halves (arXiv 2510.08431; method.md 2, 3, 5)."""
 
     teacher: str = ""  # checkpoint folder of the teacher (format mcore); the student and the fake score start from it
+    teacher_weights: Literal["student", "ema"] = "student"  # which network of that checkpoint
     method: Literal["rcm", "scm", "dmd"] = "rcm"
     guidance: float = 5.0  # classifier-free guidance of the teacher, F_u + g (F_c - F_u)
     negative_embedding: str | None = None  # file with the text rows of the negative prompt; none: zeros

@@ -1,5 +1,6 @@
 """From shards of cached latents and text embeddings to the batches of a data-parallel rank."""
 
+from rcm_mcore.data.embedding import load_embedding
 from rcm_mcore.data.inspection import ShardReport, inspect_shard
 from rcm_mcore.data.loader import Batch, DataLoader
 from rcm_mcore.data.readers import RankReaders, VirtualReader, deal_shards, expand_shards, merge_states, shards_digest
@@ -19,6 +20,7 @@ __all__ = [
     "expand_shards",
     "fit_sample",
     "inspect_shard",
+    "load_embedding",
     "merge_states",
     "pad_text",
     "shards_digest",

@@ -1,6 +1,6 @@
 """Weights of other people's files: names, shapes, readers and writers, conversion."""
 
-from rcm_mcore.interop.convert import FORMATS, Format, Summary, convert, network_format
+from rcm_mcore.interop.convert import FORMATS, Format, Summary, convert, model_of_shape, network_format, shape_of_model
 from rcm_mcore.interop.files import (
     atomic_destination,
     check_destination,
@@ -42,10 +42,12 @@ __all__ = [
     "infer_shape",
     "load_tensors",
     "mcore_to_hub",
+    "model_of_shape",
     "network_format",
     "rcm_to_hub",
     "read_diffusers",
     "save_tensors",
+    "shape_of_model",
     "wan_to_hub",
     "write_diffusers",
 ]

@@ -2,17 +2,31 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from rcm_mcore.config import WAN_SIZES
 from rcm_mcore.interop import files, wan_names
 from rcm_mcore.interop.files import Progress
 from rcm_mcore.interop.wan_names import RELEASED_HEAD_DIM, Tensors, WanShape
 
 _log = logging.getLogger(__name__)
+
+# field of a run's `model` section -> field of WanShape; channels out are channels in
+_MODEL_FIELDS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "in_channels": "in_channels",
+    "patch_size": "patch_size",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "text_len": "text_len",
+}
 
 
 class Reader(Protocol):
@@ -39,7 +53,7 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a conversion wrote: sizes of the network, numbers of tensors and of parameters, bytes of the tensors."""
+    """What a conversion wrote: sizes of the network, tensors (by hub names), parameters, bytes of the tensors."""
 
     shape: WanShape
     tensors: int
@@ -101,21 +115,21 @@ def convert(
 
 def network_format(
     read_network: Callable[[Path], tuple[Tensors, Mapping[str, Any]]],
-    write_network: Callable[[Path, Tensors, WanShape], None],
+    write_network: Callable[[Path, Tensors, Mapping[str, Any]], None],
 ) -> Format:
     """The format `mcore`, from the functions that read and write our checkpoints, which live in a layer above.
 
-    read_network: path -> (full tensors under our names, a mapping with at least WanShape's fields).
-    write_network: makes a checkpoint of full tensors under our names at a path that does not exist yet.
+    read_network: path -> (full tensors under our names, `model` section of the configuration).
+    write_network: makes a checkpoint of full tensors under our names, with a `model` section, at a new path.
     """
 
     def read(path: Path, head_dim: int) -> tuple[Tensors, WanShape]:
-        tensors, config = read_network(path)
-        shape = _shape_of_mapping(config)
+        tensors, model = read_network(path)
+        shape = shape_of_model(model)
         return wan_names.mcore_to_hub(tensors, shape), shape
 
     def write(path: Path, hub: Tensors, shape: WanShape, progress: Progress | None) -> None:
-        write_network(path, wan_names.hub_to_mcore(hub, shape), shape)
+        write_network(path, wan_names.hub_to_mcore(hub, shape), model_of_shape(shape))
         if progress is not None:
             total = sum(tensor.nbytes for tensor in hub.values())
             progress(total, total)
@@ -123,14 +137,35 @@ def network_format(
     return Format(read=read, write=write)
 
 
-def _shape_of_mapping(config: Mapping[str, Any]) -> WanShape:
-    missing = [f.name for f in fields(WanShape) if f.default is MISSING and f.name not in config]
+def shape_of_model(model: Mapping[str, Any]) -> WanShape:
+    """The sizes in a resolved `model` section of a run's configuration.
+
+    Raises: ValueError when a size is missing, or eps is not 1e-6, which the other formats take for granted.
+    """
+    if model.get("eps", 1e-6) != 1e-6:
+        raise ValueError(f"model.eps={model['eps']}: only networks with 1e-6 can be converted")
+    names = {field: ours for ours, field in _MODEL_FIELDS.items()}
+    missing = [ours for field, ours in names.items() if ours not in model]
     if missing:
-        raise ValueError(f"the checkpoint's configuration lacks {', '.join(missing)}")
-    sizes = {f.name: config[f.name] for f in fields(WanShape) if f.name in config}
-    if "patch_size" in sizes:
-        sizes["patch_size"] = tuple(sizes["patch_size"])
-    return WanShape(**sizes)
+        raise ValueError(f"the checkpoint's model section lacks {', '.join(missing)}")
+    sizes = {field: model[ours] for field, ours in names.items()}
+    sizes["patch_size"] = tuple(sizes["patch_size"])
+    return WanShape(**sizes, out_channels=sizes["in_channels"])
+
+
+def model_of_shape(shape: WanShape) -> dict[str, Any]:
+    """A `model` section with these sizes, the rest left to its defaults.
+
+    Raises: ValueError when there are not as many channels out as in, which our network cannot be.
+    """
+    if shape.in_channels != shape.out_channels:
+        raise ValueError(
+            f"in_channels={shape.in_channels}, out_channels={shape.out_channels}: must be equal in a mcore network"
+        )
+    model = {ours: getattr(shape, field) for ours, field in _MODEL_FIELDS.items()}
+    model["patch_size"] = list(shape.patch_size)
+    named = (name for name, sizes in WAN_SIZES.items() if sizes.items() <= model.items())
+    return {"size": next(named, "tiny"), **model}  # the size is a name only: every field is given
 
 
 def _target_dtype(name: str, dtype: torch.dtype, target: Format) -> torch.dtype:

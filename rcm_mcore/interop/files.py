@@ -88,7 +88,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, progress: P
     try:
         torch.save(own, path)
     except RuntimeError as error:  # torch's writer has no OSError for a full disk
-        raise OSError(f"{path}: writing failed: {error}") from error
+        raise OSError(f"{path}: writing failed (is the disk full?): {error}") from error
 
 
 def read_diffusers(folder: Path) -> tuple[Tensors, WanShape]:
@@ -249,7 +249,7 @@ def _save_safetensors(path: Path, tensors: Tensors) -> None:
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path}: writing failed: {error}") from error
+        raise OSError(f"{path}: writing failed (is the disk full?): {error}") from error
     path.chmod(mode)  # save_file replaces the file by one that only its owner may read
 
 

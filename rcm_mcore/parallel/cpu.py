@@ -2,13 +2,13 @@
 
 megatron-core allocates with device="cuda", asks for current streams and devices, and asserts CUDA tensor types in its
 optimizers. Without a GPU, `install` answers these questions with their CPU meaning; with one it does nothing. Also here,
-for both platforms: `use_forked_write_queue`, for the checkpoint writer of 0.16.
+for both platforms: `write_checkpoints_in_process`, for the checkpoint writer of 0.16.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import queue
 from typing import Any
 
 import torch
@@ -90,18 +90,12 @@ def install() -> None:
     _mode.__enter__()
 
 
-def use_forked_write_queue() -> None:
-    """Let the checkpoint writer of 0.16 pass its results through a forked queue instead of a spawned manager.
+def write_checkpoints_in_process() -> None:
+    """Let the checkpoint writer of 0.16 hand its results back through a plain queue instead of a spawned manager.
 
-    The spawned manager imports `__main__` again (about 3 s a save) and was seen to hang with several ranks.
+    The spawned manager imports `__main__` again (about 3 s a save) and was seen to hang with several ranks; a
+    multiprocessing queue is read before its feeder thread has written. Right for saves that block, the only ones we make.
     """
     import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
 
-    queues: list[Any] = []
-
-    def queue() -> Any:
-        if not queues:
-            queues.append(multiprocessing.get_context("fork").Queue())
-        return queues[0]
-
-    writer._get_write_results_queue = queue
+    writer._get_write_results_queue = queue.Queue

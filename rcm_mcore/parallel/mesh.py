@@ -42,6 +42,11 @@ class Mesh:
         return self.groups.dp
 
     @property
+    def dp_cp_gloo_group(self) -> dist.ProcessGroup:
+        """The data-parallel ranks over gloo, on any platform: for gathering on the host."""
+        return parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+
+    @property
     def dp_rank(self) -> int:
         return self.groups.dp.rank()
 

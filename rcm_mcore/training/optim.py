@@ -154,7 +154,7 @@ def make_optimizer(
         model_chunks=[model],
         per_model_buffers=buffers,
         data_parallel_group=groups.dp_cp,
-        data_parallel_group_gloo=None,
+        data_parallel_group_gloo=mesh.dp_cp_gloo_group,
         data_parallel_group_idx=groups.mp.rank(),
         distributed_optimizer_instance_id=0,
     )

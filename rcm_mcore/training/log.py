@@ -1,0 +1,108 @@
+"""What the operator sees: a progress bar, one JSON line per step in `log.jsonl`, and wandb if asked for.
+
+Keys of a line, always all of them (null where the phase has none):
+
+    step               optimizer steps done, from 1
+    phase              pretrain, student or critic
+    loss               what was minimised: the weighted sum of the terms below
+    loss_scm           consistency loss; about 100 (|g| / (|g| + c))^2 / 100 by construction, so it measures no progress
+    loss_dmd           score-distillation loss
+    loss_critic        loss of the fake score
+    g_norm             mean |g| of the consistency tangent before normalisation
+    teacher_gap        mean |F - F_teacher|
+    dmd_weight         mean w = mean |x_G - x0_teacher|
+    grad_norm          of the trained network, before any clipping
+    lr                 learning rate of the step
+    rollout_steps      student evaluations of the rollout
+    nonfinite_output   samples left out of the step because the trained network's output was not finite
+    nonfinite_target   samples without gradient because their target was not finite
+    bad_samples        samples of the data skipped so far, all ranks
+    seconds            wall time of the step
+    data_seconds       part of it spent waiting for data
+    samples_per_second of the global batch
+    memory_gib         peak GPU memory of rank 0 so far; null on CPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rcm_mcore.config import LogConfig
+
+KEYS = (
+    "step", "phase", "loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm", "lr",
+    "rollout_steps", "nonfinite_output", "nonfinite_target", "bad_samples", "seconds", "data_seconds", "samples_per_second",
+    "memory_gib",
+)  # fmt: skip
+
+
+class RunLog:
+    """The log of rank 0; on other ranks every method does nothing."""
+
+    def __init__(
+        self, folder: Path, config: LogConfig, *, is_main: bool, start: int, total: int, resolved: dict[str, Any], wandb_id: str | None
+    ) -> None:
+        self.wandb_id = wandb_id
+        self._bar = self._file = self._wandb = None
+        if not is_main:
+            return
+        path = folder / "log.jsonl"
+        _drop_after(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=None if sys.stderr.isatty() else False)
+        if not sys.stderr.isatty():
+            self._bar.mininterval = 10.0
+        if config.wandb:
+            import wandb
+
+            mode = "online" if os.environ.get("WANDB_API_KEY") else os.environ.get("WANDB_MODE", "offline")
+            self._wandb = wandb.init(
+                project=config.project, dir=folder, id=wandb_id, resume="allow", mode=mode, config=resolved  # type: ignore[arg-type]
+            )
+            self.wandb_id = self._wandb.id
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One step; keys that are missing are null, unknown ones are a bug."""
+        if self._file is None or self._bar is None:
+            return
+        unknown = values.keys() - set(KEYS)
+        assert not unknown, f"log keys without a documented meaning: {sorted(unknown)}"
+        line = {key: values.get(key) for key in KEYS}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        shown = {k: f"{line[k]:.4g}" for k in ("loss", "g_norm", "grad_norm", "seconds") if line[k] is not None}
+        self._bar.set_postfix({"phase": line["phase"], **shown}, refresh=False)
+        self._bar.update(1)
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in line.items() if v is not None}, step=line["step"])
+
+    def close(self) -> None:
+        """Flush and finish."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps that a resumed run will do again, and a line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

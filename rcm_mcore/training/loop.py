@@ -1,0 +1,82 @@
+"""The loop: step, log, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from rcm_mcore.config import Config
+from rcm_mcore.training.log import RunLog
+from rcm_mcore.training.setup import Run, gather_data_state, set_up
+from rcm_mcore.training.state import write_state
+from rcm_mcore.training.step import StepBatch, run_step
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> Run:
+    """Collective: run (or continue) to train.steps optimizer steps; the last state is saved. Returns the finished run."""
+    run = set_up(config)
+    run_log = RunLog(
+        run.folder.root,
+        config.log,
+        is_main=run.mesh.is_main,
+        start=run.state.step,
+        total=config.train.steps,
+        resolved=asdict(config),
+        wandb_id=run.state.wandb_id,
+    )
+    run.state = replace(run.state, wandb_id=run_log.wandb_id)
+    if run.state.step and run.mesh.is_main:
+        log.info("resuming after step %d of %d", run.state.step, config.train.steps)
+    try:
+        with run.loader:
+            while run.state.step < config.train.steps:
+                _step(run, run_log)
+                if run.state.step % config.checkpoint.every == 0 or run.state.step == config.train.steps:
+                    save(run)
+    finally:
+        run_log.close()
+    return run
+
+
+def save(run: Run) -> None:
+    """Collective: write a checkpoint of the state after `run.state.step` steps."""
+    run.state = replace(run.state, own_steps={t.name: t.steps for t in run.networks}, data=gather_data_state(run))
+    run.folder.save(
+        run.state.step,
+        lambda path: write_state(path, run.networks, run.state, config=run.config, mesh=run.mesh),
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def _step(run: Run, run_log: RunLog) -> None:
+    start = time.perf_counter()
+    item: StepBatch = next(run.loader)
+    waited = time.perf_counter() - start
+    assert item.batch.step == run.state.step, f"the loader is at step {item.batch.step}, the run at {run.state.step}"
+    trained = run.trained[item.phase.kind]
+    for other in run.networks:
+        if other is not trained:
+            other.sleep()
+    trained.wake()
+    metrics: dict[str, Any] = run_step(trained, item, roles=run.roles, config=run.config, mesh=run.mesh)
+    run.state = replace(run.state, step=run.state.step + 1)
+    seconds = time.perf_counter() - start
+    on_gpu = run.mesh.device.type == "cuda"
+    run_log.write(
+        metrics
+        | {
+            "step": run.state.step,
+            "phase": item.phase.kind,
+            "rollout_steps": item.phase.rollout_steps or None,
+            "seconds": seconds,
+            "data_seconds": waited,
+            "samples_per_second": run.config.train.global_batch_size / seconds,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        }
+    )

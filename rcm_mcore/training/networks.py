@@ -1,0 +1,69 @@
+"""The networks of a run: a frozen teacher, and trained networks with their gradients, optimizer and EMA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import nn
+
+from rcm_mcore.config import Config, ModelConfig
+from rcm_mcore.models.wan import WanModel, build_wan
+from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.training.optim import ShardedOptimizer, make_optimizer
+from rcm_mcore.training.schedule import learning_rate
+
+
+@dataclass
+class Trained:
+    """A network that learns. `steps` counts its optimizer steps, of `total_steps` in the run."""
+
+    name: str  # its prefix in checkpoints
+    net: WanModel
+    ddp: DistributedDataParallel
+    optimizer: ShardedOptimizer
+    peak_lr: float
+    total_steps: int
+    steps: int = 0
+
+    def sleep(self) -> None:
+        """Free the gradient buffer while another network trains."""
+        self.ddp.offload_grad_buffers()
+
+    def wake(self) -> None:
+        """Have a gradient buffer again, all zeros."""
+        self.ddp.restore_grad_buffers()
+
+    def lr(self, config: Config) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(config.optim, self.peak_lr, self.steps, self.total_steps)
+
+
+def build_network(model: ModelConfig, mesh: Mesh, *, seed: int, trainable: bool) -> WanModel:
+    """A network on this rank's device."""
+    return build_wan(model, mesh.config, mesh.groups, seed=seed, trainable=trainable)
+
+
+def make_trained(
+    name: str, net: WanModel, config: Config, mesh: Mesh, *, peak_lr: float, total_steps: int, has_ema: bool
+) -> Trained:
+    """Wrap a network, whose weights are already there, for training under `mesh`."""
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=config.optim.overlap_grad_reduce
+    )
+    ddp = DistributedDataParallel(net.config, ddp_config, net, pg_collection=mesh.groups)
+    net.config.no_sync_func = ddp.no_sync
+    optimizer = make_optimizer(config.optim, ddp, mesh, lr=peak_lr, has_ema=has_ema)
+    return Trained(name, net, ddp, optimizer, peak_lr, total_steps)
+
+
+def finalize_on(trained: Trained, finalize: bool) -> None:
+    """Whether the next schedule call is the one that reduces the gradients over ranks: one call an optimizer step."""
+    net_config: Any = trained.net.config
+    net_config.finalize_model_grads_func = finalize_model_grads if finalize else None
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Parameters held by this rank."""
+    return sum(p.numel() for p in net.parameters())

@@ -1,0 +1,203 @@
+"""From a configuration to everything a run needs, checked in the order of what it costs."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of
+from rcm_mcore.config import Config, tokens_per_sample, validate_mesh
+from rcm_mcore.data import DataLoader, load_embedding, merge_states
+from rcm_mcore.distill.phases import steps_by_kind
+from rcm_mcore.distill.steps import Roles
+from rcm_mcore.interop import expected_shapes, shape_of_model
+from rcm_mcore.parallel.mesh import Mesh, make_mesh
+from rcm_mcore.training.networks import Trained, build_network, make_trained
+from rcm_mcore.training.state import RunState, read_state
+from rcm_mcore.training.step import with_draws
+
+# What may differ between a teacher's stored model section and ours: numerics and execution, not architecture.
+_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "transformer_impl")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run, ready to step. `trained` maps the kind of a phase to the network that learns in it."""
+
+    config: Config
+    mesh: Mesh
+    roles: Roles
+    trained: dict[str, Trained]
+    networks: list[Trained]
+    loader: DataLoader
+    folder: CheckpointFolder
+    state: RunState
+
+
+def check(config: Config, world_size: int) -> dict[str, Any]:
+    """Everything that can be checked without a process group or a GPU: mesh, batch sizes, shards, teacher, disk.
+
+    Returns facts about the run. Raises ValueError naming the field, its value and what would work.
+    """
+    tokens = tokens_per_sample(config.model, config.data.latent_shape)
+    dp = validate_mesh(config.model, config.mesh, world_size, tokens=tokens)
+    train = config.train
+    if train.global_batch_size % (dp * train.micro_batch_size):
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of the data-parallel size {dp} times "
+            f"train.micro_batch_size={train.micro_batch_size}"
+        )
+    if config.data.readers % dp:
+        raise ValueError(f"data.readers={config.data.readers} must be a multiple of the data-parallel size {dp}")
+    negative(config)
+    if config.train.objective == "distill":
+        check_teacher(config)
+    with DataLoader(
+        config=config.data,
+        text_len=config.model.text_len,
+        text_dim=config.model.text_dim,
+        seed=train.seed,
+        global_batch_size=dp,
+        dp_rank=0,
+        dp_size=dp,
+    ) as loader:
+        sample = next(loader)
+    parameters = count_parameters(config)
+    needed, free = checkpoint_bytes(config), free_bytes(Path(config.checkpoint.dir))
+    if needed > free:
+        raise ValueError(
+            f"checkpoint.dir={config.checkpoint.dir} has {free / 2**30:.1f} GiB free; one checkpoint needs about "
+            f"{needed / 2**30:.1f} GiB and a new one is complete before an old one goes"
+        )
+    return {
+        "data_parallel_size": dp,
+        "tokens_per_sample": tokens,
+        "parameters": parameters,
+        "checkpoint_gib": needed / 2**30,
+        "free_gib": free / 2**30,
+        "first_prompt": sample.prompts[0],
+    }
+
+
+def count_parameters(config: Config) -> int:
+    """Parameters of one network of `config.model`."""
+    return sum(math.prod(s) for s in expected_shapes(shape_of_model(asdict(config.model))).values())
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint: weights, float32 masters and second moments of each trained network, and the EMA."""
+    width = {"bfloat16": 2, "float32": 4, "float64": 8}[config.model.dtype]
+    networks = 2 if config.train.objective == "distill" and config.distill.method != "scm" else 1
+    ema = 4 if config.optim.ema_length is not None else 0
+    return count_parameters(config) * (networks * (width + 8) + ema)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def negative(config: Config) -> Tensor:
+    """The text of the unconditional branch, [1, text_len, text_dim]: a file's rows, or zeros."""
+    model = config.model
+    section = config.distill if config.train.objective == "distill" else config.pretrain
+    if section.negative_embedding is None:
+        return torch.zeros(1, model.text_len, model.text_dim)
+    rows = load_embedding(section.negative_embedding, text_len=model.text_len, text_dim=model.text_dim)
+    return rows[None]
+
+
+def check_teacher(config: Config) -> None:
+    """The teacher's checkpoint exists and is of the architecture of `config.model`."""
+    saved, ours = model_of(config.distill.teacher), asdict(config.model)
+    for name, value in ours.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in _EXECUTION and name in saved and saved[name] != value:
+            raise ValueError(f"distill.teacher={config.distill.teacher} has model.{name}={saved[name]}, this run has {value}")
+
+
+def set_up(config: Config) -> Run:
+    """Collective: build the run and resume it if `checkpoint.dir` holds a usable checkpoint."""
+    mesh = make_mesh(config.mesh)
+    folder = CheckpointFolder(config.checkpoint.dir)
+    if mesh.is_main:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    resume_from = folder.newest()
+    networks, roles, trained = _networks(config, mesh, resuming=resume_from is not None)
+    loader = DataLoader(
+        config=config.data,
+        text_len=config.model.text_len,
+        text_dim=config.model.text_dim,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        transform=partial(with_draws, config),
+    )
+    state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
+    if resume_from is not None:
+        state = read_state(resume_from, networks, config=config, mesh=mesh)
+        loader.load_state_dict(state.data)
+    for one in networks[1:]:
+        one.sleep()
+    return Run(
+        config=config, mesh=mesh, roles=roles, trained=trained, networks=networks, loader=loader, folder=folder, state=state
+    )
+
+
+def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Trained], Roles, dict[str, Trained]]:
+    """Networks of the objective with their first weights; when resuming the trained ones are filled later."""
+    has_ema = config.optim.ema_length is not None
+    seed, steps, distill = config.train.seed, config.train.steps, config.distill
+    wrap = partial(make_trained, config=config, mesh=mesh)
+    text = negative(config).to(mesh.device)
+    group = mesh.groups.mp
+    student_net = build_network(config.model, mesh, seed=seed, trainable=True)
+    if config.train.objective == "pretrain":
+        student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=steps, has_ema=has_ema)
+        roles = Roles(student=student.ddp, teacher=student.ddp, fake_score=student.ddp, negative=text, model_parallel_group=group)
+        return [student], roles, {"pretrain": student}
+
+    student_steps, critic_steps = steps_by_kind(steps, distill)
+    load = partial(load_network, path=distill.teacher, which=distill.teacher_weights, dp_cp_group=mesh.groups.dp_cp)
+    teacher = build_network(config.model, mesh, seed=seed, trainable=False)
+    load(teacher)
+    if not resuming:
+        load(student_net)
+    student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=student_steps, has_ema=has_ema)
+    networks, trained = [student], {"student": student}
+    fake_score: Any = teacher
+    if distill.method != "scm":
+        fake_net = build_network(config.model, mesh, seed=seed, trainable=True)
+        if not resuming:
+            load(fake_net)
+        lr = config.optim.fake_score_lr
+        critic = wrap("fake_score", fake_net, peak_lr=lr, total_steps=critic_steps, has_ema=False)
+        networks.append(critic)
+        trained["critic"], fake_score = critic, critic.ddp
+    roles = Roles(student=student.ddp, teacher=teacher, fake_score=fake_score, negative=text, model_parallel_group=group)
+    return networks, roles, trained
+
+
+def gather_data_state(run: Run) -> dict[str, Any]:
+    """Collective: the position of every reader of the run."""
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, run.loader.state_dict())
+    return merge_states(states[:: run.mesh.tp_size])
+
+
+def world_size() -> int:
+    """Ranks that torchrun launched."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,171 @@
+"""One optimizer step: draws, microbatches, megatron's schedule, one reduction of gradients, the update, the EMA."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rcm_mcore.config import Config, tokens_per_sample
+from rcm_mcore.data import Batch
+from rcm_mcore.distill.draws import Draws, draw
+from rcm_mcore.distill.ema import ema_beta
+from rcm_mcore.distill.phases import Phase, phase_of
+from rcm_mcore.distill.steps import (
+    MicroBatch,
+    MicroBatchStep,
+    Roles,
+    consistency_step,
+    critic_step,
+    distillation_step,
+    pretrain_step,
+)
+from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.training.networks import Trained, finalize_on
+
+
+class NonFiniteError(RuntimeError):
+    """Too many samples of a step, or its gradient, are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """A rank's samples of one step with the draws of its phase."""
+
+    batch: Batch
+    phase: Phase
+    draws: Draws
+
+
+def phase_at(config: Config, step: int) -> Phase:
+    """What optimizer step `step` (from 0) does."""
+    if config.train.objective == "pretrain":
+        return Phase(kind="pretrain", own_step=step)
+    return phase_of(step, config.distill)
+
+
+def with_draws(config: Config, batch: Batch) -> StepBatch:
+    """Add what is random to a batch; runs in the loader's thread."""
+    phase = phase_at(config, batch.step)
+    return StepBatch(batch=batch, phase=phase, draws=draw(config, phase, step=batch.step, slots=batch.slots))
+
+
+def terms_of(phase: Phase, roles: Roles, config: Config) -> list[MicroBatchStep]:
+    """The loss terms of a phase; their gradients add up."""
+    if phase.kind == "pretrain":
+        return [partial(pretrain_step, roles=roles, config=config)]
+    if phase.kind == "critic":
+        return [partial(critic_step, roles=roles, config=config)]
+    terms: list[MicroBatchStep] = []
+    if phase.scm:
+        terms.append(partial(consistency_step, roles=roles, config=config, phase=phase))
+    if phase.dmd:
+        terms.append(partial(distillation_step, roles=roles, config=config))
+    return terms
+
+
+def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config, mesh: Mesh) -> dict[str, float]:
+    """One optimizer step of `trained`; returns the metrics of the global batch (documented in training/log.py).
+
+    Raises NonFiniteError, before the weights are touched, when the share of non-finite samples is above
+    train.max_nonfinite_share or the gradient is not finite.
+    """
+    trained.ddp.zero_grad_buffer()
+    trained.optimizer.zero_grad()
+    microbatches = list(_microbatches(item, config.train.micro_batch_size, mesh.device))
+    terms = terms_of(item.phase, roles, config)
+    sums: dict[str, Tensor] = {}
+    for i, term in enumerate(terms):
+        last = i == len(terms) - 1
+        finalize_on(trained, last)
+        with contextlib.nullcontext() if last else trained.ddp.no_sync():
+            for outcome in _forward_backward(trained, term, microbatches, config):
+                for name, value in outcome.items():
+                    sums[name] = sums.get(name, 0.0) + value.double()
+    sums["bad_samples"] = torch.tensor(item.batch.state["bad_samples"], dtype=torch.float64)
+    metrics = _over_global_batch(sums, mesh)
+    if item.phase.kind == "student":
+        weights = {"loss_scm": config.distill.scm_weight, "loss_dmd": config.distill.dmd_weight}
+        metrics["loss"] = sum(weight * metrics.get(name, 0.0) for name, weight in weights.items())
+    elif item.phase.kind == "critic":
+        metrics["loss"] = metrics.get("loss_critic", 0.0)
+    share = (metrics["nonfinite_output"] + metrics["nonfinite_target"]) / (config.train.global_batch_size * len(terms))
+    if share > config.train.max_nonfinite_share:
+        raise NonFiniteError(
+            f"step {item.batch.step}: {share:.0%} of the samples are not finite ({metrics['nonfinite_output']:.0f} outputs, "
+            f"{metrics['nonfinite_target']:.0f} targets), above train.max_nonfinite_share={config.train.max_nonfinite_share}"
+        )
+    metrics |= _update(trained, item, config)
+    return metrics
+
+
+def _update(trained: Trained, item: StepBatch, config: Config) -> dict[str, float]:
+    """Optimizer step and EMA from the reduced gradients."""
+    optimizer, lr = trained.optimizer, trained.lr(config)
+    optimizer.set_lr(lr)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.clip_grad_norm(optimizer.config.clip_grad))
+    if not math.isfinite(grad_norm):
+        raise NonFiniteError(f"step {item.batch.step}: the gradient of the {trained.name} is not finite ({grad_norm})")
+    optimizer.step_with_ready_grads()
+    trained.steps += 1
+    if optimizer.has_ema:
+        assert config.optim.ema_length is not None, "an EMA has a length"
+        optimizer.update_ema(ema_beta(config.optim.ema_length, trained.steps))
+    return {"grad_norm": grad_norm, "lr": lr}
+
+
+def _forward_backward(
+    trained: Trained, term: MicroBatchStep, microbatches: Sequence[MicroBatch], config: Config
+) -> list[dict[str, Tensor]]:
+    """Forward and backward of one loss term over the microbatches through megatron's schedule; metrics of each."""
+
+    def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        loss, metrics = term(next(data))
+        if loss is None:
+            # Every rank must run a backward, for the collectives in it: a zero that reaches every parameter.
+            loss = 0.0 * sum(p.sum() for p in trained.net.parameters())  # type: ignore[assignment]
+        assert isinstance(loss, Tensor)
+        return loss, lambda output: (output, metrics)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=trained.ddp,
+        num_microbatches=len(microbatches),
+        seq_length=tokens_per_sample(config.model, config.data.latent_shape),
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=False,
+    )
+
+
+def _microbatches(item: StepBatch, size: int, device: torch.device) -> Iterator[MicroBatch]:
+    latents, text = item.batch.latents.to(device), item.batch.text.to(device)
+    draws = item.draws.to(device)
+    for start in range(0, len(latents), size):
+        rows = slice(start, start + size)
+        yield MicroBatch(latents=latents[rows], text=text[rows], draws=draws.rows(rows))
+
+
+_COUNTS = ("nonfinite_output", "nonfinite_target", "bad_samples")
+
+
+def _over_global_batch(sums: dict[str, Tensor], mesh: Mesh) -> dict[str, float]:
+    """Sums over the ranks' samples to means per sample (counts stay sums), equal on every rank."""
+    sums.setdefault("nonfinite_target", torch.zeros((), dtype=torch.float64))
+    names = sorted(sums)
+    values = torch.stack([sums[name].to(mesh.device) for name in names])
+    dist.all_reduce(values, group=mesh.dp_group)
+    totals = dict(zip(names, values.tolist()))
+    samples = totals.pop("samples")
+    # A student step counts each sample once per loss term; every mean is over the samples of one term.
+    terms = max(1, sum(name.startswith("loss") for name in totals))
+    return {name: value if name in _COUNTS else value * terms / samples for name, value in totals.items()}

@@ -1,0 +1,447 @@
+"""Attention and its tangent against float64 PyTorch (torch.func.jvp, scaled_dot_product_attention, autograd)."""
+
+import inspect
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rcm_kernels import blockwise, flash_attention, flash_attention_backward, flash_attention_jvp, reference
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BATCH, HEADS, WIDTH = 2, 3, 16
+LENGTHS = [(1, 1), (8, 8), (5, 40), (37, 1), (37, 45), (64, 32)]  # tiles of 8 queries and 16 keys where they are small
+LAYOUTS = ["contiguous", "fused", "sequence_first", "shared"]
+
+
+@pytest.fixture(autouse=True)
+def nan_poisoned(request):
+    """Every torch.empty is full of NaN, so that an element nobody wrote shows."""
+    if request.node.get_closest_marker("gpu1"):  # cuBLAS refuses the deterministic mode that fills them
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(blockwise, "TILE_KEYS", 16)
+    monkeypatch.setattr(blockwise, "TILE_SCORES", BATCH * HEADS * 16 * 8)
+    monkeypatch.setattr(blockwise, "TILE_MIN_QUERIES", 1)
+
+
+def draw(length, count, *, layout="contiguous", dtype=torch.float64, seed=0):
+    """`count` normal tensors [BATCH, length, HEADS, WIDTH]."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "fused":
+        return list(normal(BATCH, length, HEADS, count, WIDTH).unbind(3))
+    if layout == "sequence_first":
+        return [normal(length, BATCH, HEADS, WIDTH).transpose(0, 1) for _ in range(count)]
+    if layout == "shared":  # one text for the whole batch
+        return [normal(1, length, HEADS, WIDTH).expand(BATCH, -1, -1, -1) for _ in range(count)]
+    return [normal(BATCH, length, HEADS, WIDTH) for _ in range(count)]
+
+
+def draw_dual(queries, keys, **options):
+    """q, k, v and their tangents."""
+    q, q_dot = draw(queries, 2, **options, seed=1)
+    k, v, k_dot, v_dot = draw(keys, 4, **options, seed=2)
+    return (q, k, v), (q_dot, k_dot, v_dot)
+
+
+def exact_jvp(primals, tangents, scale=None):
+    """out, out_dot, lse, lse_dot in float64 by forward-mode differentiation of the definition."""
+    primals, tangents = ([x.double() for x in xs] for xs in (primals, tangents))
+    attend = lambda q, k, v: reference.attention(q, k, v, scale=scale)
+    (out, lse), (out_dot, lse_dot) = torch.func.jvp(attend, tuple(primals), tuple(tangents))
+    return out, out_dot, lse, lse_dot
+
+
+def sdpa(q, k, v, scale=None):
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
+    return out.transpose(1, 2)
+
+
+def exact_gradients(dout, primals, scale=None):
+    """dq, dk, dv in float64 by autograd of PyTorch's attention."""
+    leaves = [x.detach().double().requires_grad_() for x in primals]
+    return torch.autograd.grad(sdpa(*leaves, scale=scale), leaves, dout.double())
+
+
+def plain_gradients(dout, primals):
+    """dq, dk, dv by autograd of the definition in the inputs' own dtype."""
+    leaves = [x.detach().requires_grad_() for x in primals]
+    return torch.autograd.grad(reference.attention(*leaves)[0], leaves, dout)
+
+
+def assert_close(got, want, tol):
+    for name, g, w in zip(("first", "second", "third", "fourth"), got, want, strict=True):
+        err = (g.double() - w.double()).abs().max() / w.double().abs().max().clamp(min=1)
+        assert err <= tol, f"{name} result: relative error {err:.1e}"
+
+
+def assert_within_budget(got, plain, exact):
+    """At most twice the error of plain PyTorch in the same dtype, in the mean and in the worst element."""
+    for name, g, p, e in zip(("first", "second", "third", "fourth"), got, plain, exact, strict=False):
+        g_err, p_err = ((x.double() - e.to(x.device)).abs() for x in (g, p))
+        for measure in (torch.mean, torch.amax):
+            assert measure(g_err) <= 2 * measure(p_err), f"{name} result: {measure(g_err):.2e} > 2x {measure(p_err):.2e}"
+
+
+# The reference itself
+
+
+def test_reference_is_pytorchs_attention():
+    (q, k, v), _ = draw_dual(7, 9)
+    out, lse = reference.attention(q, k, v, scale=0.3)
+    assert_close([out], [sdpa(q, k, v, scale=0.3)], 1e-13)
+    brute = [
+        [[math.log(sum(math.exp(0.3 * (q[b, i, n] @ k[b, j, n])) for j in range(9))) for i in range(7)] for n in range(3)]
+        for b in range(2)
+    ]
+    assert_close([lse], [torch.tensor(brute, dtype=torch.float64)], 1e-13)
+
+
+def test_reference_jvp_is_the_derivative_of_the_reference():
+    primals, tangents = draw_dual(7, 9)
+    assert_close(reference.attention_jvp(primals, tangents), exact_jvp(primals, tangents), 1e-13)
+
+
+# Tangents
+
+
+@pytest.mark.parametrize("queries,keys", LENGTHS)
+def test_jvp_equals_forward_mode_in_one_tile(queries, keys):
+    primals, tangents = draw_dual(queries, keys)
+    assert_close(flash_attention_jvp(*primals, *tangents), exact_jvp(primals, tangents), 1e-12)
+
+
+@pytest.mark.parametrize("queries,keys", LENGTHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_jvp_equals_forward_mode_in_many_tiles(queries, keys, layout, small_tiles):
+    primals, tangents = draw_dual(queries, keys, layout=layout)
+    got = flash_attention_jvp(*primals, *tangents, scale=0.4)
+    assert_close(got, exact_jvp(primals, tangents, scale=0.4), 1e-12)
+    out, out_dot, lse, lse_dot = got
+    assert out.stride(-1) == out_dot.stride(-1) == 1
+    assert lse.shape == lse_dot.shape == (BATCH, HEADS, queries)
+    assert {x.dtype for x in got} == {torch.float64}
+
+
+@pytest.mark.parametrize("missing", ["k", "v", "kv"])
+@pytest.mark.parametrize("keys", [9, 45])
+def test_missing_tangents_are_zero(missing, keys, small_tiles):
+    primals, (q_dot, k_dot, v_dot) = draw_dual(21, keys)
+    given = (q_dot, None if "k" in missing else k_dot, None if "v" in missing else v_dot)
+    zeroed = [torch.zeros_like(like) if x is None else x for x, like in zip(given, (q_dot, k_dot, v_dot))]
+    exact = exact_jvp(primals, zeroed)
+    assert_close(flash_attention_jvp(*primals, *given), exact, 1e-12)
+    assert_close(reference.attention_jvp(primals, given), exact, 1e-12)
+
+
+class Matmuls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "mm" in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_number_of_matmuls():
+    """Also proves that nothing is recomputed, and that missing tangents cost nothing."""
+    (q, k, v), (q_dot, k_dot, v_dot) = draw_dual(8, 8)
+    out, lse = flash_attention(q, k, v)
+    calls = {
+        2: lambda: flash_attention(q, k, v),
+        4: lambda: flash_attention_jvp(q, k, v, q_dot),
+        5: lambda: flash_attention_jvp(q, k, v, q_dot, None, v_dot),
+        6: lambda: flash_attention_jvp(q, k, v, q_dot, k_dot, v_dot),
+    }
+    for expected, call in calls.items():
+        with Matmuls() as matmuls:
+            call()
+        assert matmuls.count == expected
+    with Matmuls() as matmuls:
+        flash_attention_backward(out, q, k, v, out, lse)
+    assert matmuls.count == 5
+
+
+def test_jvp_builds_no_graph():
+    primals, tangents = draw_dual(5, 6)
+    for x in (*primals, *tangents):
+        x.requires_grad_()
+    for result in flash_attention_jvp(*primals, *tangents):
+        assert result.grad_fn is None and not result.requires_grad
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("queries,keys", LENGTHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [None, 0.4])
+def test_gradients_equal_autograd(queries, keys, layout, scale, small_tiles):
+    primals, (dout, _, _) = draw_dual(queries, keys, layout=layout)
+    q, k, v = (x.detach().requires_grad_() for x in primals)
+    out, lse = flash_attention(q, k, v, scale=scale)
+    assert_close([out, lse], reference.attention(*primals, scale=scale), 1e-12)
+    got = torch.autograd.grad(out, (q, k, v), dout)
+    assert_close(got, exact_gradients(dout, primals, scale), 1e-12)
+
+
+def test_gradcheck(small_tiles):
+    q, k, v = (x[:1, :, :1, :3].detach().contiguous().requires_grad_() for x in draw_dual(9, 18)[0])
+    assert torch.autograd.gradcheck(lambda *x: flash_attention(*x)[0], (q, k, v))
+
+
+def test_expanded_gradient_of_a_sum():
+    primals, _ = draw_dual(5, 6)
+    q, k, v = (x.requires_grad_() for x in primals)
+    flash_attention(q, k, v)[0].sum().backward()
+    assert_close([q.grad, k.grad, v.grad], exact_gradients(torch.ones_like(q), primals), 1e-12)
+
+
+def test_lse_carries_no_gradient():
+    q, k, v = (x.requires_grad_() for x in draw_dual(5, 6)[0])
+    out, lse = flash_attention(q, k, v)
+    assert out.requires_grad and not lse.requires_grad
+    with torch.no_grad():
+        assert not flash_attention(q, k, v)[0].requires_grad
+
+
+def test_what_is_not_differentiable_is_refused():
+    (q, k, v), (q_dot, _, _) = draw_dual(5, 6)
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(flash_attention(q, k, v)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+    with pytest.raises(RuntimeError):  # a silently lost tangent would be worse
+        torch.func.jvp(lambda q: flash_attention(q, k, v)[0], (q.detach(),), (q_dot,))
+
+
+# Blocks of keys, as in a ring
+
+
+def halves(*tensors):
+    middle = tensors[0].shape[1] // 3
+    return [x[:, :middle] for x in tensors], [x[:, middle:] for x in tensors]
+
+
+def test_backward_of_blocks_adds_up_to_the_whole(small_tiles):
+    (q, k, v), (dout, _, _) = draw_dual(21, 45)
+    out, lse = flash_attention(q, k, v)
+    first, second = (flash_attention_backward(dout, q, *kv, out, lse) for kv in halves(k, v))
+    whole = flash_attention_backward(dout, q, k, v, out, lse)
+    assert_close(whole, exact_gradients(dout, (q, k, v)), 1e-12)
+    assert_close([first[0] + second[0]], [whole[0]], 1e-12)
+    assert_close([torch.cat((first[i], second[i]), dim=1) for i in (1, 2)], whole[1:], 1e-12)
+
+
+def merge(a, b):
+    """Merges (out, out_dot, lse, lse_dot) over disjoint sets of keys."""
+    w = torch.sigmoid(b[2] - a[2])
+    w_dot = w * (1 - w) * (b[3] - a[3])
+    on_out = lambda x: x.transpose(1, 2).unsqueeze(-1)
+    out = torch.lerp(a[0], b[0], on_out(w))
+    out_dot = torch.lerp(a[1], b[1], on_out(w)) + on_out(w_dot) * (b[0] - a[0])
+    return out, out_dot, torch.logaddexp(a[2], b[2]), torch.lerp(a[3], b[3], w)
+
+
+def test_blocks_merge_to_the_whole_but_not_without_lse_dot(small_tiles):
+    (q, k, v), (q_dot, k_dot, v_dot) = draw_dual(21, 45)
+    exact = exact_jvp((q, k, v), (q_dot, k_dot, v_dot))
+    blocks = [flash_attention_jvp(q, k_, v_, q_dot, k_dot_, v_dot_) for k_, v_, k_dot_, v_dot_ in halves(k, v, k_dot, v_dot)]
+    assert_close(merge(*blocks), exact, 1e-12)
+    without = [(out, out_dot, lse, torch.zeros_like(lse_dot)) for out, out_dot, lse, lse_dot in blocks]
+    assert (merge(*without)[1] - exact[1]).abs().max() > 0.1 * exact[1].abs().max()
+
+
+# Precision
+
+
+def budget_case(primals, tangents, device="cpu"):
+    """Checks out, out_dot, lse, lse_dot, dq, dk and dv of low-precision inputs against the budget."""
+    dout = tangents[0]
+    exact = exact_jvp(primals, tangents)
+    exact_grads = exact_gradients(dout, primals)
+    primals, tangents = ([x.to(device) for x in xs] for xs in (primals, tangents))
+    dout = tangents[0]
+    (out, lse), (out_dot, lse_dot) = torch.func.jvp(reference.attention, tuple(primals), tuple(tangents))
+    got = flash_attention_jvp(*primals, *tangents)
+    assert_within_budget(got, (out, out_dot, lse, lse_dot), exact)
+    grads = flash_attention_backward(dout, *primals, got[0], got[2])
+    assert_within_budget(grads, plain_gradients(dout, primals), exact_grads)
+    stats_dtype = torch.promote_types(dout.dtype, torch.float32)
+    assert [x.dtype for x in got] == [dout.dtype, dout.dtype, stats_dtype, stats_dtype]
+    assert {x.dtype for x in grads} == {dout.dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("queries,keys", [(8, 8), (100, 150)])
+def test_low_precision_is_within_the_budget(dtype, queries, keys, small_tiles):
+    budget_case(*draw_dual(queries, keys, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_of_ten_thousand(dtype, small_tiles):
+    (q, k, v), tangents = draw_dual(24, 50, dtype=dtype)
+    q = q * (1e4 / (WIDTH**-0.5 * torch.einsum("bqnd,bknd->bnqk", q, k).abs().max()))
+    exact = exact_jvp((q, k, v), tangents)
+    assert exact[2].abs().max() > 5e3
+    got = flash_attention_jvp(q, k, v, *tangents)
+    if dtype == torch.float64:
+        assert_close(got, exact, 1e-11)
+    else:
+        assert_within_budget(got, reference.attention_jvp((q, k, v), tangents), exact)
+    dout = tangents[0]
+    assert all(x.isfinite().all() for x in flash_attention_backward(dout, q, k, v, got[0], got[2]))
+
+
+def test_all_scores_equal_and_far_below_zero(small_tiles):
+    _, k, v = draw_dual(3, 40)[0]
+    k = k[:, :1].expand(-1, 40, -1, -1)
+    q = -1e3 * k[:, :3]
+    out, _ = flash_attention(q, k, v)
+    assert_close([out], [v.mean(1, keepdim=True).expand(-1, 3, -1, -1)], 1e-12)
+
+
+# Memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes held by tensors made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.release, storage._cdata)
+        return result
+
+    def release(self, key):
+        self.now -= self.live.pop(key)
+
+
+def test_memory_does_not_grow_with_the_square():
+    """With the real tile sizes, 4096 tokens: a full matrix of scores would be 16 tiles or 128 times an input."""
+    B, S, N, D = 1, 4096, 1, 32
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, q_dot, k_dot, v_dot = (torch.randn(B, S, N, D, generator=generator) for _ in range(6))
+    tile_bytes, input_bytes = 4 * blockwise.TILE_SCORES, q.nbytes
+    full_bytes = 4 * B * N * S * S
+    with LiveBytes() as naive:
+        reference.attention(q, k, v)
+    assert naive.peak >= full_bytes  # the meter works
+    with LiveBytes() as meter:
+        out, out_dot, lse, lse_dot = flash_attention_jvp(q, k, v, q_dot, k_dot, v_dot)
+    assert meter.peak <= 3 * tile_bytes + 12 * input_bytes < full_bytes / 2
+    with LiveBytes() as meter:
+        grads = flash_attention_backward(q_dot, q, k, v, out, lse)
+    assert meter.peak <= 3 * tile_bytes + 12 * input_bytes
+    some = slice(None, None, 500)
+    rows = exact_jvp((q[:, some], k, v), (q_dot[:, some], k_dot, v_dot))
+    assert_close((out[:, some], out_dot[:, some], lse[..., some], lse_dot[..., some]), rows, 1e-5)
+    assert_close(grads, exact_gradients(q_dot, (q, k, v)), 1e-5)
+
+
+# Bad input
+
+
+def valid_arguments():
+    (q, k, v), (q_dot, k_dot, v_dot) = draw_dual(5, 6, dtype=torch.float32)
+    out, lse = flash_attention(q, k, v)
+    return dict(q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, dout=q_dot, out=out, lse=lse, scale=0.25)
+
+
+BACKWARD, JVP, FORWARD = flash_attention_backward, flash_attention_jvp, flash_attention
+TENSORS = [(f, name) for f in (FORWARD, JVP, BACKWARD) for name in inspect.signature(f).parameters if name != "scale"]
+
+
+def refuse(function, message, **changes):
+    arguments = valid_arguments() | changes
+    with pytest.raises(ValueError, match=message):
+        function(**{name: arguments[name] for name in inspect.signature(function).parameters})
+
+
+@pytest.mark.parametrize("function,name", TENSORS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_tensor_is_checked(function, name):
+    x = valid_arguments()[name]
+    culprit = "(k|v)" if name == "q" else name  # q is what the others are compared with
+    rank = "lse has shape" if name == "lse" else f"{name} has (3 dimensions|shape)"
+    refuse(function, rank, **{name: x[0]})
+    refuse(function, rf"{culprit} has dtype torch\.float", **{name: x.double()})
+    refuse(function, f"{culprit} is on device", **{name: x.to("meta")})
+    refuse(function, "shape", **{name: torch.cat((x, x), dim=-1)})
+    if name != "lse":
+        refuse(function, rf"{name} has strides \(.*\.contiguous\(\)", **{name: x.transpose(1, 3).contiguous().transpose(1, 3)})
+
+
+@pytest.mark.parametrize(
+    "name,index,message",
+    [
+        ("k", (slice(1),), r"k has shape \(1, 6, 3, 16\).*must be \(2, Skv, 3, 16\)"),
+        ("k", (..., slice(2), slice(None)), r"k has shape \(2, 6, 2, 16\).*must be \(2, Skv, 3, 16\)"),
+        ("k", (..., slice(8)), r"k has shape \(2, 6, 3, 8\).*must be \(2, Skv, 3, 16\)"),
+        ("k", (slice(None), slice(0)), r"k has shape \(2, 0, 3, 16\); every dimension"),
+        ("q", (slice(None), slice(0)), r"q has shape \(2, 0, 3, 16\); every dimension"),
+        ("v", (slice(None), slice(5)), r"v has shape \(2, 5, 3, 16\); it must be k's, \(2, 6, 3, 16\)"),
+        ("q_dot", (slice(None), slice(4)), r"q_dot has shape \(2, 4, 3, 16\); it must be q's, \(2, 5, 3, 16\)"),
+        ("k_dot", (slice(None), slice(4)), r"k_dot has shape \(2, 4, 3, 16\); it must be k's, \(2, 6, 3, 16\)"),
+    ],
+)
+def test_shapes_that_do_not_belong_together(name, index, message):
+    refuse(JVP, message, **{name: valid_arguments()[name][index]})
+
+
+def test_unsupported_dtype():
+    integers = {name: x.int() for name, x in valid_arguments().items() if name != "scale"}
+    refuse(FORWARD, r"q has dtype torch\.int32; use one of torch\.float16, torch\.bfloat16", **integers)
+
+
+def test_lse_of_another_shape_or_dtype():
+    lse = valid_arguments()["lse"]
+    refuse(BACKWARD, r"lse has shape \(2, 5, 3\); it must be \[B, N, Sq\] = \(2, 3, 5\)", lse=lse.transpose(1, 2))
+    refuse(BACKWARD, r"lse has dtype torch\.bfloat16; it must be torch\.float32", lse=lse.bfloat16())
+
+
+@pytest.mark.parametrize("function", [FORWARD, JVP, BACKWARD])
+@pytest.mark.parametrize("scale", [0.0, -0.1, math.nan, math.inf])
+def test_scale_is_a_finite_positive_number(function, scale):
+    refuse(function, f"scale is {scale}; it must be a finite number above 0", scale=scale)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("queries,keys", [(8, 8), (100, 150)])
+def test_budget_on_cuda(dtype, queries, keys, small_tiles):
+    budget_case(*draw_dual(queries, keys, dtype=dtype), device="cuda")
+
+
+@pytest.mark.gpu1
+def test_the_host_never_waits_for_cuda(small_tiles):
+    primals, tangents = ([x.cuda() for x in xs] for xs in draw_dual(100, 150, dtype=torch.bfloat16))
+    q, k, v = (x.requires_grad_() for x in primals)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flash_attention_jvp(q, k, v, *tangents)
+        flash_attention(q, k, v)[0].backward(tangents[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

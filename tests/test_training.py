@@ -1,0 +1,58 @@
+"""An rCM cycle under every mesh against one rank: losses, |g|, gradients, weights, EMA."""
+
+import pytest
+import tiny
+
+CASES = {
+    "tp2": (2, dict(mesh={"tp": 2})),
+    "tp2-sp": (2, dict(mesh={"tp": 2, "sp": True})),
+    "dp2": (2, dict()),
+    "dp2-overlap": (2, dict(optim={"overlap_grad_reduce": True})),
+    "tp2-dp2": (4, dict(mesh={"tp": 2, "sp": True})),
+    "accumulate": (1, dict(train={"micro_batch_size": 1})),
+    "recompute": (1, dict(model={"recompute": "full"})),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher, then three steps (student, critic, student) under each mesh, a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("cycle")
+    tiny.make_shards(folder / "shards")
+    teacher = tiny.config(folder / "shards", "", train={"steps": 20}, optim={"eps": 1e-8, "lr": 1e-3})
+    tiny.train_all(folder, {(1, "teacher"): teacher})
+
+    def cycle(**sections):
+        tree = tiny.config(
+            folder / "shards", "", "distill", checkpoint={"every": 1, "keep_last": 9},
+            distill={"teacher": str(folder / "teacher"), "student_every": 2, "guidance": 2.0, "rollout_max_steps": 2},
+        )  # fmt: skip
+        for name, fields in sections.items():
+            tree[name] = {**tree[name], **fields}
+        return tree
+
+    configs = {(1, "one"): cycle(), **{(world, name): cycle(**sections) for name, (world, sections) in CASES.items()}}
+    tiny.train_all(folder, configs)
+    return folder
+
+
+def test_the_cycle_is_student_critic_student(runs):
+    lines = tiny.log_lines(runs / "one")
+    assert [line["phase"] for line in lines] == ["student", "critic", "student"]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert lines[0]["g_norm"] > 0.1 and lines[0]["dmd_weight"] > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_rank(runs, name):
+    for ours, one in zip(tiny.log_lines(runs / name), tiny.log_lines(runs / "one"), strict=True):
+        for key in ("loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm"):
+            assert (ours[key] is None) == (one[key] is None)
+            assert one[key] is None or abs(ours[key] - one[key]) <= 2e-4 * abs(one[key]), (ours["step"], key)
+    for step in (1, 2, 3):
+        # After its first step the second moment of a network is (1 - beta2) g^2: the gradient, element by element.
+        found = tiny.differences(runs / name / f"step_{step:09d}", runs / "one" / f"step_{step:09d}")
+        gradients = {k: v for k, v in found.items() if "exp_avg_sq" in k}
+        others = {k: v for k, v in found.items() if k not in gradients}
+        assert {k: v for k, v in gradients.items() if not v <= 1e-3} == {}
+        assert {k: v for k, v in others.items() if not v <= 2e-5} == {}
