@@ -28,3 +28,10 @@ mutate: setup
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+.PHONY: demo demo-clean
+demo: setup
+	$(BIN)/python tools/demo.py
+
+demo-clean:
+	rm -rf runs/demo

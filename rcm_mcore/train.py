@@ -8,11 +8,40 @@ import os
 import sys
 import warnings
 
-from rcm_mcore.config import load_config, to_yaml
+from rcm_mcore.config import Config, load_config, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for what the user can put right (one line says what)."""
+    """The command line. Returns the exit code: 0, 2 for what the user can put right, 1 for a run that could not go on.
+
+    One line on stderr says what was wrong.
+    """
+    # Options may stand anywhere among the overrides.
+    args = _parser().parse_intermixed_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(levelname)s %(message)s")
+    # megatron-core and torch warn of their own internals (fallbacks without apex, renamed collectives) at every start.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch|megatron|rcm_mcore\.parallel\.cpu")
+    try:
+        config = load_config(args.config, args.overrides)
+        # Heavy imports only once the configuration is known to be sound.
+        from rcm_mcore.training.setup import check, world_size
+
+        if args.world_size is not None and not (args.dry_run and args.world_size > 0):
+            raise ValueError(f"--world-size {args.world_size}: must be at least 1, and goes with --dry-run")
+        facts = check(config, args.world_size or world_size())
+    except ValueError as error:  # the same on every rank
+        if rank == 0:
+            _report(error)
+        return 2
+    if rank == 0:
+        print(to_yaml(config), end="", flush=True)
+        print("".join(f"# {name}: {value}\n" for name, value in facts.items()), end="", flush=True)
+    return 0 if args.dry_run else _train(config, rank)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rcm_mcore.train",
         description="Pretrain a teacher by flow matching or distil a student by rCM. A run that was interrupted continues "
@@ -25,40 +54,33 @@ def main(argv: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check configuration, mesh, data, teacher and disk, print the run, and stop"
     )
     parser.add_argument("--world-size", type=int, help="with --dry-run: ranks to check the mesh for")
-    args = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(levelname)s %(message)s")
-    # megatron-core and torch warn of their own internals (fallbacks without apex, renamed collectives) at every start.
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"torch|megatron|rcm_mcore\.parallel\.cpu")
+    return parser
+
+
+def _train(config: Config, rank: int) -> int:
+    import torch.distributed as dist
+
+    from rcm_mcore.checkpoint import CheckpointError
+    from rcm_mcore.training.loop import train
+    from rcm_mcore.training.step import NonFiniteError
+
     try:
-        config = load_config(args.config, args.overrides)
-        # Heavy imports only once the configuration is known to be sound.
-        from rcm_mcore.training.setup import check, world_size
-
-        facts = check(config, args.world_size or world_size())
-        if rank == 0:
-            print(to_yaml(config), end="", flush=True)
-            print("".join(f"# {name}: {value}\n" for name, value in facts.items()), end="", flush=True)
-        if args.dry_run:
-            return 0
-        from rcm_mcore.training.loop import train
-
         train(config)
-    except ValueError as error:
+    except (NonFiniteError, CheckpointError) as error:  # raised on every rank
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            _report(error)
+        return 1
+    except ValueError as error:  # of one rank alone, perhaps: each reads its own samples
+        _report(error, where=f"rank {rank}: " if rank else "")
         return 2
     finally:
-        _leave_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
-def _leave_process_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def _report(error: Exception, where: str = "") -> None:
+    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from shard_samples import (
     write_tar,
 )
 
-from rcm_mcore.data import deal_shards, expand_shards, merge_states
+from rcm_mcore.data import RankReaders, deal_shards, expand_shards, merge_states
 
 SIZES = (3, 1, 2, 4, 2, 3, 1, 2)  # samples per shard: unequal, so that readers are in different epochs
 
@@ -195,17 +195,25 @@ def test_state_is_that_of_the_batch_consumed_not_of_those_prepared(shards):
         assert [next(loader).state, next(loader).state][1] == state
 
 
-def test_closing_stops_a_waiting_thread_and_closes_the_shards(shards):
-    def open_shards():
-        return [file.path for file in psutil.Process().open_files() if file.path.startswith(str(shards))]
+def open_shards(folder):
+    return [file.path for file in psutil.Process().open_files() if file.path.startswith(str(folder))]
 
-    loader = make_loader(make_config(shards), batch=8)
-    for _ in range(6):
+
+def test_a_reader_has_one_shard_open_at_most(shards):
+    shape = {"text_len": TEXT_LEN, "text_dim": TEXT_DIM}
+    readers = RankReaders(make_config(shards), **shape, seed=SEED, dp_rank=0, dp_size=1)
+    for k in range(2 * sum(SIZES)):
+        readers.read(k)
+        assert len(open_shards(shards)) == min(k + 1, READERS)
+    readers.close()
+    assert not open_shards(shards)
+
+
+def test_closing_stops_a_waiting_thread_and_closes_the_shards(shards):
+    with make_loader(make_config(shards)) as loader:
         next(loader)
-        assert len(open_shards()) <= READERS
-    assert open_shards()
-    loader.close()
-    assert not open_shards()
+        assert open_shards(shards)
+    assert not open_shards(shards)
     assert not any(thread.name == "data-loader" for thread in threading.enumerate())
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)

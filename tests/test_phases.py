@@ -1,6 +1,7 @@
 """What each step of a run does, its learning rates and its EMA, against loops that count."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_warm_up_never_starts_above_the_peak():
 def test_linear_decay_ends_on_the_last_step(floor):
     got = rates(decay="linear", min_lr_ratio=floor)
     assert got[5] == pytest.approx(1e-4, rel=1e-12) and got[-1] == pytest.approx(floor * 1e-4, abs=1e-18)
-    drops = [a - b for a, b in zip(got[5:], got[6:])]
+    drops = [a - b for a, b in pairwise(got[5:])]
     assert drops == pytest.approx([(1 - floor) * 1e-4 / 15] * 15, rel=1e-9)
 
 

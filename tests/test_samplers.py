@@ -5,6 +5,7 @@ noise z at s = 1 ends as mu + c z.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_euler_converges_to_the_exact_flow_at_first_order():
     (noise,) = noises(1)
     errors = [worst(final(gaussian_velocity, noise, steps=n, shift=3.0), MU + C * noise) for n in (50, 100, 200)]
     assert errors[2] <= 0.02
-    assert all(1.8 <= a / b <= 2.2 for a, b in zip(errors, errors[1:]))
+    assert all(1.8 <= a / b <= 2.2 for a, b in pairwise(errors))
 
 
 def test_unipc_beats_euler_at_equal_steps():
@@ -195,12 +196,12 @@ def test_many_steps_give_the_distribution_of_the_data(solver, steps):
 
 
 def test_few_steps_give_the_mean_and_spread_that_the_recursion_predicts():
-    """Posterior means shrink the spread: V' = a^2 (cos^2 V + sin^2) with a = cos c^2 / (cos^2 c^2 + sin^2), V = c^2 at first."""
+    """Posterior means shrink the spread of x0: V' = a^2 (cos^2 V + sin^2) with a = cos c^2 / (cos^2 c^2 + sin^2)."""
     generator = torch.Generator().manual_seed(0)
     times = few_step_times(4, mid_times=MID_TIMES["paper"])
     draws = (torch.randn(4, 4, 4, 16, 16, generator=generator) for _ in times)
     x = sample_few_step(gaussian_velocity, draws, times)
-    variance = mean = 0.0  # of x0 around mu; the start sin(t_0) z lacks cos(t_0) mu
+    variance = mean = 0.0  # of x0 - mu; the first state, sin(t_0) z, lacks cos(t_0) mu
     for i, t in enumerate(times[:-1]):
         cos, sin = math.cos(t), math.sin(t)
         shrink = cos * C**2 / (cos**2 * C**2 + sin**2)

@@ -200,7 +200,7 @@ def test_rcm_shards_are_read_under_both_namings(tmp_path, as_folders):
     entries = [(f"{i:09d}", {**rcm_members(make_sample(i)), **extra}) for i in range(3)]
     path = write_tar(tmp_path / "shard_000000.tar", entries, as_folders=as_folders)
     with tarfile.open(path, "a") as tar:  # what tar itself adds
-        for name in ("000000002", "000000002.old"):
+        for name in ("000000002", "extra.old"):
             folder = tarfile.TarInfo(name)
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)

@@ -14,6 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,6 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; raised on every rank, with one line that says why."""
 
 
 class CheckpointFolder:
@@ -40,40 +46,45 @@ class CheckpointFolder:
     def save(self, step: int, fill: Callable[[Path], None], *, keep_last: int) -> Path:
         """Collective: let every rank `fill` a new folder, then publish it and remove all but the newest `keep_last`.
 
-        Raises RuntimeError on every rank when any rank fails; the checkpoints that existed are then untouched.
+        Those of later steps go too: they were passed over as damaged when the run was resumed. Raises CheckpointError on
+        every rank when any rank fails; the checkpoints that existed are then untouched.
         """
         final, partial = self.path(step), self.root / f".partial_step_{step:09d}"
-        if dist.get_rank() == 0:
-            for left in self.root.glob(".partial_step_*"):
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        error = ""
         try:
-            fill(partial)
-        except (Exception, CheckpointException) as failure:  # the latter is a BaseException
-            error = f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
-        if not error:
-            dist.barrier()  # every file is there
-        errors = [e for e in _gather(error) if e]
-        if errors:
+            _on_main(lambda: self._start(partial))
+            _on_every_rank(lambda: fill(partial))
+            names = _on_main(lambda: sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
+            parts = _on_every_rank(lambda: _describe(partial, _share(names)))
+            entries = {name: entry for part in parts for name, entry in part.items()}
+            _on_main(lambda: self._publish(partial, step, entries, keep_last=keep_last))
+        except CheckpointError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = self.steps()
             usable = f"the checkpoint of step {kept[-1]} is untouched" if kept else "there is no earlier checkpoint"
-            raise RuntimeError(f"the checkpoint of step {step} could not be written to {self.root} ({usable}): {errors[0]}")
-        names = _gather(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))[0]
-        entries = {name: entry for part in _gather(_describe(partial, _share(names))) for name, entry in part.items()}
-        if dist.get_rank() == 0:
-            _write_text(partial / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(partial, final)
-            _write_text(self.root / "latest", final.name)
-            for old in self.steps()[:-keep_last]:
-                shutil.rmtree(self.path(old))
-        dist.barrier()
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.root} ({usable}): {error}"
+            ) from None
         return final
+
+    def _start(self, partial: Path) -> None:
+        """An empty folder to fill; what an interrupted save left behind goes."""
+        for left in self.root.glob(".partial_step_*"):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+
+    def _publish(self, partial: Path, step: int, entries: dict[str, list[int]], *, keep_last: int) -> None:
+        """Turn a filled folder into the newest checkpoint."""
+        _write_text(partial / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
+        final = self.path(step)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _write_text(self.root / "latest", final.name)
+        steps = self.steps()
+        later = [s for s in steps if s > step]
+        for old in later + [s for s in steps if s <= step][:-keep_last]:
+            shutil.rmtree(self.path(old))
 
     def newest(self) -> Path | None:
         """Collective: the newest checkpoint whose files are all there and unchanged, or None.
@@ -90,11 +101,33 @@ class CheckpointFolder:
         return None
 
 
-def _gather(value):  # type: ignore[no-untyped-def]
+def _gather(value: Any) -> list[Any]:
     """`value` of every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _on_every_rank(action: Callable[[], T]) -> list[T]:
+    """What `action` returns on each rank; CheckpointError on all of them, naming the first that failed, if any fails."""
+    result, reason = None, ""
+    try:
+        result = action()
+    except CheckpointException as error:  # a BaseException; rank 0 knows who failed, the others only that someone did
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()} or {dist.get_rank(): error}
+        reason = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
+    except Exception as error:
+        reason = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    outcomes = _gather((result, reason))
+    for _, failed in outcomes:
+        if failed:
+            raise CheckpointError(failed)
+    return [value for value, _ in outcomes]
+
+
+def _on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, the only one to do it, told to every rank."""
+    return _on_every_rank(lambda: action() if dist.get_rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
 def _share(names: list[str]) -> list[str]:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from rcm_mcore.parallel.cpu import write_checkpoints_in_process
-from rcm_mcore.parallel.mesh import local_mesh
+from rcm_mcore.parallel.mesh import init_distributed
 
 Which = Literal["student", "ema", "fake_score"]
 PREFIX: dict[str, str] = {"student": "student.", "ema": "ema.student.", "fake_score": "fake_score."}
+
+# What the index of a checkpoint, a pickle, is made of.
+_INDEX_MODULES = ("metadata", "planner", "filesystem")
+_INDEX_CLASSES = {
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "SavePlan", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "TensorWriteData", "WriteItem", "WriteItemType", "_MEM_FORMAT_ENCODING", "_StorageInfo",
+}  # fmt: skip
 
 
 def resolve(path: str | Path) -> Path:
     """The checkpoint folder meant by `path`: itself, or the latest of the run folder it is.
 
-    Raises ValueError when it is neither.
+    Raises ValueError when it is neither, and when its index is a pickle of something else (which is not run).
     """
     path = Path(path)
     marker = path / "latest"
@@ -33,17 +43,62 @@ def resolve(path: str | Path) -> Path:
         path = path / marker.read_text().strip()
     if not (path / ".metadata").is_file() or not (path / "config.yaml").is_file():
         raise ValueError(f"{path} is no checkpoint of ours: it must be a step_* folder, or a run folder with `latest`")
+    _read_index(path)
     return path
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Refuses to name anything but the parts of an index, so that nothing of a stranger's is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        inside = module in [f"torch.distributed.checkpoint.{m}" for m in _INDEX_MODULES] and name in _INDEX_CLASSES
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if inside or plain or (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _read_index(path: Path) -> Metadata:
+    """What torch's distributed checkpoint keeps about its tensors; its own reader, which trusts the file, may follow."""
+    try:
+        with (path / ".metadata").open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}/.metadata is no index of a checkpoint: {type(error).__name__}: {reason}") from None
+    if not isinstance(index, Metadata):
+        raise ValueError(f"{path}/.metadata is no index of a checkpoint: it holds {type(index).__name__}")
+    return index
 
 
 def model_of(path: str | Path) -> dict[str, Any]:
     """The `model` section stored with a checkpoint."""
-    return yaml.safe_load((resolve(path) / "config.yaml").read_text())["model"]
+    return config_of(path)["model"]
+
+
+def config_of(path: str | Path) -> dict[str, Any]:
+    """The configuration stored with a checkpoint: that of its run, or only its `model` section (`write_network`).
+
+    Raises ValueError when there is none.
+    """
+    file = resolve(path) / "config.yaml"
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        raise ValueError(f"{file} has no `model` section")
+    return tree
+
+
+def require_network(path: str | Path, which: Which) -> None:
+    """Check that a checkpoint holds a network; ValueError, saying which it holds, when it does not."""
+    _entries(resolve(path), which)
 
 
 def _entries(path: Path, which: Which) -> dict[str, TensorStorageMetadata]:
     """Tensors of one network in a checkpoint by parameter name; ValueError when there are none."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = _read_index(path)
     prefix = PREFIX[which]
     found = {
         key[len(prefix) :]: entry
@@ -82,12 +137,12 @@ def write_network(path: str | Path, tensors: Mapping[str, Tensor], model: Mappin
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with local_mesh():
-            write_checkpoints_in_process()
-            sharded = {
-                name: ShardedTensor.from_rank_offsets(PREFIX["student"] + name, tensor.contiguous())
-                for name, tensor in tensors.items()
-            }
+        write_checkpoints_in_process()
+        sharded = {
+            name: ShardedTensor.from_rank_offsets(PREFIX["student"] + name, tensor.contiguous())
+            for name, tensor in tensors.items()
+        }
+        with _process_group():
             dist_checkpointing.save(sharded, str(partial))
         (partial / "config.yaml").write_text(yaml.safe_dump({"model": dict(model)}, sort_keys=False))
         partial.rename(path)
@@ -96,8 +151,20 @@ def write_network(path: str | Path, tensors: Mapping[str, Tensor], model: Mappin
         raise
 
 
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """A default process group, of this process alone if there is none."""
+    fresh = not dist.is_initialized()
+    init_distributed()
+    try:
+        yield
+    finally:
+        if fresh:
+            dist.destroy_process_group()
+
+
 @torch.no_grad()
-def load_network(net: Any, path: str | Path, *, which: Which, dp_cp_group: torch.distributed.ProcessGroup) -> None:
+def load_network(net: Any, path: str | Path, *, which: Which, dp_cp_group: dist.ProcessGroup) -> None:
     """Collective: load one network of a checkpoint into `net` (its shards on its mesh), cast to the dtype of `net`.
 
     `net` has `sharded_state_dict`. Raises ValueError when names or shapes differ, before anything is changed.

@@ -2,7 +2,7 @@
 
 from rcm_mcore.config.mesh import MeshConfig, tokens_per_sample, validate_mesh
 from rcm_mcore.config.model import WAN_SIZES, ModelConfig
-from rcm_mcore.config.parse import ConfigError, load_config, parse_config, to_yaml
+from rcm_mcore.config.parse import ConfigError, load_config, parse_config, parse_model, to_yaml
 from rcm_mcore.config.schema import (
     CheckpointConfig,
     Config,
@@ -31,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "load_config",
     "parse_config",
+    "parse_model",
     "to_yaml",
     "tokens_per_sample",
     "validate_mesh",

@@ -47,6 +47,11 @@ def parse_config(tree: dict[str, Any]) -> Config:
     return _build(Config, tree, "")
 
 
+def parse_model(tree: dict[str, Any]) -> ModelConfig:
+    """Build the `model` section alone, as a checkpoint stores it."""
+    return _build(ModelConfig, tree, "model")
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration; parsing it gives the same Config."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)

@@ -10,6 +10,7 @@ Shapes: videos [n, F, H, W] in [0, 1]; latents [n, C, F/2, H/4, W/4], C = 32.
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,6 @@ PIXELS_PER_FRAME = 2  # speed of the digit
 CROSS_POSITIONS = (0, 4, 8)  # offsets across the motion
 HELDOUT_SHARE = 0.2
 
-_STARTS = {"left": CANVAS - DIGIT_SIZE, "right": 0, "up": CANVAS - DIGIT_SIZE, "down": 0}
 _CODEC_FORMAT = "digit-codec-1"
 
 
@@ -120,22 +120,22 @@ def split_indices(digits: torch.Tensor, *, seed: int) -> tuple[torch.Tensor, tor
     return (~heldout).nonzero().squeeze(1), heldout.nonzero().squeeze(1)
 
 
-def render_video(image: torch.Tensor, direction: int, cross: int) -> torch.Tensor:
-    """The video [4, 16, 16] of one scan.
+def render_videos(images: torch.Tensor, direction: int, cross: int) -> torch.Tensor:
+    """The videos [n, 4, 16, 16] of scans that move alike.
 
     Args:
-        image: [8, 8] in [0, 1].
+        images: [n, 8, 8] in [0, 1].
         direction: index into DIRECTIONS.
         cross: offset in pixels across the motion (from the top for left and right, from the left for up and down).
     """
     name = DIRECTIONS[direction]
-    step = PIXELS_PER_FRAME if name in ("right", "down") else -PIXELS_PER_FRAME
-    video = image.new_zeros(FRAMES, CANVAS, CANVAS)
+    start, step = (0, PIXELS_PER_FRAME) if name in ("right", "down") else (CANVAS - DIGIT_SIZE, -PIXELS_PER_FRAME)
+    videos = images.new_zeros(len(images), FRAMES, CANVAS, CANVAS)
     for frame in range(FRAMES):
-        along = _STARTS[name] + step * frame
+        along = start + step * frame
         top, left = (cross, along) if name in ("left", "right") else (along, cross)
-        video[frame, top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = image
-    return video
+        videos[:, frame, top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = images
+    return videos
 
 
 def make_videos(images: DigitImages, *, seed: int) -> DigitVideos:
@@ -147,15 +147,19 @@ def make_videos(images: DigitImages, *, seed: int) -> DigitVideos:
     Returns: n = 4 m videos.
     """
     generator = np.random.default_rng(seed)
-    crosses = generator.choice(CROSS_POSITIONS, size=(len(images.images), len(DIRECTIONS)))
-    videos, digits, directions = [], [], []
-    for image, digit, cross in zip(images.images, images.digits.tolist(), crosses.tolist()):
-        for direction in range(len(DIRECTIONS)):
-            videos.append(render_video(image, direction, cross[direction]))
-            digits.append(digit)
-            directions.append(direction)
-    order = torch.from_numpy(generator.permutation(len(videos)))
-    return DigitVideos(torch.stack(videos)[order], torch.tensor(digits)[order], torch.tensor(directions)[order])
+    m = len(images.images)
+    videos = images.images.new_zeros(len(DIRECTIONS), m, FRAMES, CANVAS, CANVAS)
+    crosses = torch.from_numpy(generator.choice(CROSS_POSITIONS, size=(len(DIRECTIONS), m)))
+    for direction in range(len(DIRECTIONS)):
+        for cross in CROSS_POSITIONS:
+            rows = crosses[direction] == cross
+            videos[direction, rows] = render_videos(images.images[rows], direction, cross)
+    order = torch.from_numpy(generator.permutation(len(DIRECTIONS) * m))
+    return DigitVideos(
+        videos=videos.flatten(0, 1)[order],
+        digits=images.digits.repeat(len(DIRECTIONS))[order],
+        directions=torch.arange(len(DIRECTIONS)).repeat_interleave(m)[order],
+    )
 
 
 def train_heldout_videos(*, seed: int) -> tuple[DigitVideos, DigitVideos]:
@@ -231,19 +235,19 @@ class DigitCodec:
         videos = cells.reshape(n, f * self.time, h * self.space, w * self.space)
         return (videos * self.std + self.mean).clamp(0.0, 1.0)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the parameters as JSON."""
-        path.write_text(json.dumps({"format": _CODEC_FORMAT, **asdict(self)}, indent=2) + "\n")
+        Path(path).write_text(json.dumps({"format": _CODEC_FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "DigitCodec":
+    def load(cls, path: str | os.PathLike[str]) -> "DigitCodec":
         """Reads what ``save`` wrote.
 
         Raises: ValueError for another file; OSError when it cannot be read.
         """
         fields = {"mean": float, "std": float, "space": int, "time": int}
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(Path(path).read_text())
             if content.pop("format") != _CODEC_FORMAT or set(content) != set(fields):
                 raise KeyError
             values = {name: kind(content[name]) for name, kind in fields.items()}

@@ -28,10 +28,12 @@ def load_embedding(path: str | os.PathLike[str], *, text_len: int, text_dim: int
             rows = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, KeyError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"negative_embedding={path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(rows, Tensor) or rows.ndim < 2 or rows.squeeze(0).ndim != 2 or rows.shape[-1] != text_dim:
+    if isinstance(rows, Tensor) and rows.ndim == 3 and len(rows) == 1:
+        rows = rows[0]
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != text_dim:
         what = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"negative_embedding={path} holds {what}: must be text rows [n, {text_dim}] (model.text_dim)")
-    rows = rows.reshape(-1, text_dim).float()
+    rows = rows.float()
     if len(rows) > text_len:
         raise ValueError(f"negative_embedding={path} has {len(rows)} rows, more than model.text_len={text_len}")
     if not bool(rows.isfinite().all()):

@@ -5,7 +5,9 @@ Padding, where a network wants it, is zeros (Wan) and is added by whoever builds
 """
 
 import html
+import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
-def train_tokenizer(prompts: Sequence[str], folder: Path) -> None:
+def train_tokenizer(prompts: Sequence[str], folder: str | os.PathLike[str]) -> None:
     """Trains a unigram sentencepiece model with T5's special ids (pad 0, end 1, unknown 2) and writes its folder.
 
     The folder loads with ``AutoTokenizer.from_pretrained`` and may hold the encoder's files as well. Words of the
@@ -45,6 +47,7 @@ def train_tokenizer(prompts: Sequence[str], folder: Path) -> None:
         folder: created if it is missing.
     Raises: ValueError for an empty corpus.
     """
+    folder = Path(folder)
     lines = sorted({clean_prompt(prompt) for prompt in prompts} - {""})
     if not lines:
         raise ValueError("prompts: a tokenizer cannot be trained on no text; give at least one non-empty prompt")
@@ -52,9 +55,10 @@ def train_tokenizer(prompts: Sequence[str], folder: Path) -> None:
     # other would be spelt in characters. Each word once more, with a full stop, makes it a candidate.
     words = sorted({word for line in lines for word in line.split()})
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # not a file prefix, which would become part of the model's bytes
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines + [f"{word}." for word in words]),
-        model_prefix=str(folder / "spiece"),
+        model_writer=model,
         model_type="unigram",
         vocab_size=_MAX_PIECES,
         hard_vocab_limit=False,
@@ -65,14 +69,16 @@ def train_tokenizer(prompts: Sequence[str], folder: Path) -> None:
         num_threads=1,
         minloglevel=2,  # errors only: it writes pages to standard error
     )
-    (folder / "spiece.vocab").unlink()  # a listing for people
+    (folder / "spiece.model").write_bytes(model.getvalue())
     # transformers 5 reads spiece.model only through from_pretrained on a folder; T5Tokenizer(vocab_file=...) drops it.
     (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")
     # Beside an encoder's config.json it does not read spiece.model at all, hence tokenizer.json as well.
     AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
 
 
-def build_text_encoder(folder: Path, *, seed: int, d_model: int = 64, layers: int = 2, heads: int = 4, d_ff: int = 128) -> None:
+def build_text_encoder(
+    folder: str | os.PathLike[str], *, seed: int, d_model: int = 64, layers: int = 2, heads: int = 4, d_ff: int = 128
+) -> None:
     """Writes a small UMT5 encoder with random weights beside the tokenizer that the folder already holds.
 
     It is never trained. Its last RMSNorm has unit weights, so features have unit root mean square; the random
@@ -109,7 +115,9 @@ class TextEncoder:
     and ``text_encoder`` inside, as Wan's diffusers releases are.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         """Loads both; never downloads.
 
         Args:
@@ -118,6 +126,7 @@ class TextEncoder:
             dtype: of its weights; bfloat16 halves the 22 GB of umt5-xxl's encoder.
         Raises: ValueError when the folder has no encoder or no tokenizer.
         """
+        folder = Path(folder)
         parts = {}
         for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
             parts[part] = next((path for path in (folder / part, folder) if (path / marker).is_file()), None)

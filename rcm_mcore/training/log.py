@@ -46,7 +46,15 @@ class RunLog:
     """The log of rank 0; on other ranks every method does nothing."""
 
     def __init__(
-        self, folder: Path, config: LogConfig, *, is_main: bool, start: int, total: int, resolved: dict[str, Any], wandb_id: str | None
+        self,
+        folder: Path,
+        config: LogConfig,
+        *,
+        is_main: bool,
+        start: int,
+        total: int,
+        resolved: dict[str, Any],
+        wandb_id: str | None,
     ) -> None:
         self.wandb_id = wandb_id
         self._bar = self._file = self._wandb = None
@@ -55,15 +63,20 @@ class RunLog:
         path = folder / "log.jsonl"
         _drop_after(path, start)
         self._file = path.open("a", encoding="utf-8")
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=None if sys.stderr.isatty() else False)
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
         if not sys.stderr.isatty():
             self._bar.mininterval = 10.0
         if config.wandb:
             import wandb
 
-            mode = "online" if os.environ.get("WANDB_API_KEY") else os.environ.get("WANDB_MODE", "offline")
+            mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
             self._wandb = wandb.init(
-                project=config.project, dir=folder, id=wandb_id, resume="allow", mode=mode, config=resolved  # type: ignore[arg-type]
+                project=config.project,
+                dir=folder,
+                id=wandb_id,
+                resume="allow",
+                mode=mode,
+                config=resolved,  # type: ignore[arg-type]
             )
             self.wandb_id = self._wandb.id
 

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of
+from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
 from rcm_mcore.config import Config, tokens_per_sample, validate_mesh
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes, shape_of_model
+from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 from rcm_mcore.training.networks import Trained, build_network, make_trained
 from rcm_mcore.training.state import RunState, read_state
@@ -48,6 +49,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
 
     Returns facts about the run. Raises ValueError naming the field, its value and what would work.
     """
+    parallel_linears(config.model.transformer_impl)
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     dp = validate_mesh(config.model, config.mesh, world_size, tokens=tokens)
     train = config.train
@@ -72,7 +74,10 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     ) as loader:
         sample = next(loader)
     parameters = count_parameters(config)
-    needed, free = checkpoint_bytes(config), free_bytes(Path(config.checkpoint.dir))
+    root = Path(config.checkpoint.dir)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"checkpoint.dir={root} is a file: give a folder, which is made if it is not there")
+    needed, free = checkpoint_bytes(config), free_bytes(root)
     if needed > free:
         raise ValueError(
             f"checkpoint.dir={config.checkpoint.dir} has {free / 2**30:.1f} GiB free; one checkpoint needs about "
@@ -119,39 +124,48 @@ def negative(config: Config) -> Tensor:
 
 
 def check_teacher(config: Config) -> None:
-    """The teacher's checkpoint exists and is of the architecture of `config.model`."""
-    saved, ours = model_of(config.distill.teacher), asdict(config.model)
+    """The teacher's checkpoint exists, holds the network asked for, and is of the architecture of `config.model`."""
+    teacher = config.distill.teacher
+    try:
+        saved = model_of(teacher)
+        require_network(teacher, config.distill.teacher_weights)
+    except ValueError as error:
+        raise ValueError(
+            f"distill.teacher={teacher}, distill.teacher_weights={config.distill.teacher_weights}: {error}"
+        ) from None
+    ours = asdict(config.model)
     for name, value in ours.items():
         value = list(value) if isinstance(value, tuple) else value
         if name not in _EXECUTION and name in saved and saved[name] != value:
-            raise ValueError(f"distill.teacher={config.distill.teacher} has model.{name}={saved[name]}, this run has {value}")
+            raise ValueError(f"distill.teacher={teacher} has model.{name}={saved[name]}, this run has {value}")
 
 
 def set_up(config: Config) -> Run:
     """Collective: build the run and resume it if `checkpoint.dir` holds a usable checkpoint."""
     mesh = make_mesh(config.mesh)
     folder = CheckpointFolder(config.checkpoint.dir)
-    if mesh.is_main:
-        folder.root.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
     resume_from = folder.newest()
     networks, roles, trained = _networks(config, mesh, resuming=resume_from is not None)
+    state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
+    if resume_from is not None:
+        state = read_state(resume_from, networks, config=config, mesh=mesh)
     loader = DataLoader(
         config=config.data,
         text_len=config.model.text_len,
         text_dim=config.model.text_dim,
         seed=config.train.seed,
+        start_step=state.step,
         global_batch_size=config.train.global_batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         transform=partial(with_draws, config),
     )
-    state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
     if resume_from is not None:
-        state = read_state(resume_from, networks, config=config, mesh=mesh)
         loader.load_state_dict(state.data)
     for one in networks[1:]:
         one.sleep()
+    if mesh.is_main:  # last, so that a run that cannot start leaves nothing behind
+        folder.root.mkdir(parents=True, exist_ok=True)
     return Run(
         config=config, mesh=mesh, roles=roles, trained=trained, networks=networks, loader=loader, folder=folder, state=state
     )
@@ -167,7 +181,8 @@ def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Train
     student_net = build_network(config.model, mesh, seed=seed, trainable=True)
     if config.train.objective == "pretrain":
         student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=steps, has_ema=has_ema)
-        roles = Roles(student=student.ddp, teacher=student.ddp, fake_score=student.ddp, negative=text, model_parallel_group=group)
+        net = student.ddp
+        roles = Roles(student=net, teacher=net, fake_score=net, negative=text, model_parallel_group=group)
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
-from rcm_mcore.checkpoint import model_of
+from rcm_mcore.checkpoint import config_of
 from rcm_mcore.config import Config, to_yaml
 from rcm_mcore.parallel.cpu import write_checkpoints_in_process
 from rcm_mcore.parallel.mesh import Mesh
@@ -39,16 +39,25 @@ def write_state(path: Path, trained: list[Trained], state: RunState, *, config: 
 def read_state(path: Path, trained: list[Trained], *, config: Config, mesh: Mesh) -> RunState:
     """Collective: load a checkpoint into the networks and their optimizers, whatever mesh wrote it.
 
-    Raises ValueError when it is of another model.
+    Raises ValueError when it is of another model or of another kind of run.
     """
-    saved = model_of(path)
-    ours = asdict(config)["model"]
+    stored = config_of(path)
+    saved, ours = stored["model"], asdict(config)["model"]
     different = [k for k in ours if _plain(ours[k]) != saved.get(k) and k not in ("recompute", "transformer_impl", "dtype")]
     if different:
         raise ValueError(
             f"checkpoint.dir={config.checkpoint.dir} holds a run of another model: "
             + ", ".join(f"model.{k} is {saved.get(k)} there and {_plain(ours[k])} here" for k in different)
         )
+    for name, was, now in (
+        ("train.objective", stored["train"]["objective"], config.train.objective),
+        ("an EMA (optim.ema_length)", stored["optim"]["ema_length"] is not None, config.optim.ema_length is not None),
+    ):
+        if was != now:
+            raise ValueError(
+                f"checkpoint.dir={config.checkpoint.dir} holds a run with {name}={was}, this one has {now}: "
+                "use another checkpoint.dir, or the configuration that the run was started with"
+            )
     state = RunState(**json.loads((path / "state.json").read_text()))
     if state.own_steps.keys() != {t.name for t in trained}:
         raise ValueError(

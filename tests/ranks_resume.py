@@ -1,0 +1,80 @@
+"""On every rank: a plan of runs, interruptions and resumptions, in the order given (test_resume.py).
+
+The plan is a JSON list of [action, arguments ...]; what an action returns on each rank goes to the results by its place.
+"""
+
+import json
+import logging
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder
+from rcm_mcore.config import load_config
+from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
+from rcm_mcore.training.loop import save, train
+from rcm_mcore.training.setup import check, set_up
+
+
+def run(path):
+    """Train as the command line would."""
+    config = load_config(path)
+    check(config, dist.get_world_size())
+    train(config)
+
+
+def cut(source, target, step):
+    """`target` is what a run that was killed after the checkpoint of `step`, in the middle of a line of its log, left."""
+    if dist.get_rank() == 0:
+        source, target = Path(source), Path(target)
+        shutil.copytree(source, target)
+        for path in target.glob("step_*"):
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+        (target / "latest").write_text(f"step_{step:09d}")
+        lines = [json.loads(line) for line in (target / "log.jsonl").read_text().splitlines()]
+        kept = [line if line["step"] <= step else line | {"loss": -1.0} for line in lines]  # to be told from the new ones
+        (target / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept) + '{"step": 999, "phase": "stu')
+    dist.barrier()
+
+
+def rewrite(path, target):
+    """Load the newest checkpoint of a run under its mesh and write it, as it is, to the run folder `target`."""
+    loaded = set_up(load_config(path))
+    loaded.folder = CheckpointFolder(target)
+    save(loaded)
+
+
+def unwritable(path, rank):
+    """Train while `rank` cannot write files of more than 100 kB; returns the error."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        train(load_config(path))
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def main(folder):
+    logging.getLogger("megatron").setLevel(logging.CRITICAL)
+    init_distributed()
+    results = []
+    for name, *arguments in json.loads((folder / "plan.json").read_text()):
+        result = {"run": run, "cut": cut, "rewrite": rewrite, "unwritable": unwritable}[name](*arguments)
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, result)
+        results.append(everyone)
+        destroy_mesh()
+    if dist.get_rank() == 0:
+        (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

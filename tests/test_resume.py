@@ -1,0 +1,181 @@
+"""Interrupted and resumed = unbroken: losses, weights, masters, second moments, EMA, order of the samples, log."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launch
+import pytest
+import tiny
+
+MESHES = {"one": {}, "tp2": {"tp": 2, "sp": True}, "dp2": {}}
+WORLD = {"one": 1, "tp2": 2, "dp2": 2}
+TIMES = {"seconds", "data_seconds", "samples_per_second"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_rounding():
+    """The results of Intel's BLAS depend on where in memory its operands happen to lie, unless it is told otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MKL_CBWR", "COMPATIBLE")
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Unbroken runs under each mesh, and runs cut after step 3 and resumed under the same or another mesh."""
+    folder = tmp_path_factory.mktemp("resume")
+    tiny.make_shards(folder / "shards")
+
+    def config(name, mesh, **changes):
+        tree = tiny.config(
+            folder / "shards", folder / name, "distill", mesh=MESHES[mesh], checkpoint={"every": 3, "keep_last": 9},
+            train={"steps": 6},
+            distill={"teacher": str(folder / "teacher"), "student_every": 2, "guidance": 2.0, "rollout_max_steps": 2},
+            # Rates that change with every step of a network: its own step count must be restored.
+            optim={"warmup_steps": 2, "warmup_start_lr": 1e-3, "decay": "linear"},
+        )  # fmt: skip
+        for section, fields in changes.items():
+            tree[section] = tree[section] | fields
+        return str(tiny.write_config(folder / f"{name}.yaml", tree))
+
+    def resumed(source, mesh):
+        name = f"{source}_{mesh}"
+        return [["cut", str(folder / source), str(folder / name), 3], ["run", config(name, mesh)]]
+
+    def carry_out(world_size, plan):
+        (folder / "plan.json").write_text(json.dumps(plan))
+        return launch.run_ranks(world_size, "ranks_resume.py", folder)
+
+    teacher = tiny.config(
+        folder / "shards", folder / "teacher", checkpoint={"every": 3, "keep_last": 9}, train={"steps": 12},
+        optim={"eps": 1e-8, "lr": 1e-3},
+    )  # fmt: skip
+    teacher = str(tiny.write_config(folder / "teacher.yaml", teacher))
+    carry_out(1, [["run", teacher], ["run", config("one", "one")], *resumed("one", "one")])
+    errors = carry_out(
+        2,
+        [
+            ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
+            ["run", config("tp2", "tp2")],
+            ["run", config("dp2", "dp2")],
+            *resumed("tp2", "tp2"),
+            *resumed("dp2", "dp2"),
+            *resumed("one", "tp2"),
+            *resumed("one", "dp2"),
+            ["cut", str(folder / "one"), str(folder / "again"), 3],
+            ["rewrite", config("again", "tp2"), str(folder / "rewritten")],
+        ],
+    )[0]
+    carry_out(1, resumed("tp2", "one") + resumed("dp2", "one"))
+    (folder / "errors.json").write_text(json.dumps(errors))
+    return folder
+
+
+def state(checkpoint):
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def metrics(folder):
+    """The lines of the log without the times, which no two runs share."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in tiny.log_lines(folder)]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_resumed_on_the_same_mesh_is_bit_equal(runs, mesh):
+    unbroken, resumed = runs / mesh, runs / f"{mesh}_{mesh}"
+    assert metrics(resumed) == metrics(unbroken)
+    found = tiny.differences(resumed / "step_000000006", unbroken / "step_000000006")
+    assert {key: value for key, value in found.items() if value != 0.0} == {}
+    for kind in ("student.", "fake_score.", "ema.student.", "optimizer.state.param.", "optimizer.state.exp_avg_sq."):
+        assert any(key.startswith(kind) for key in found)
+    # The three steps changed every tensor, so equality says something.
+    moved = tiny.differences(unbroken / "step_000000003", unbroken / "step_000000006")
+    assert {key: value for key, value in moved.items() if not value > 1e-9} == {}
+
+
+@pytest.mark.parametrize("source, mesh", [("tp2", "one"), ("one", "tp2"), ("dp2", "one"), ("one", "dp2")])
+def test_resumed_on_another_mesh_equals_to_rounding(runs, source, mesh):
+    unbroken, resumed = runs / source, runs / f"{source}_{mesh}"
+    for ours, theirs in zip(metrics(resumed), metrics(unbroken), strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                assert abs(ours[key] - value) <= 2e-5 * abs(value), (ours["step"], key)
+            else:
+                assert ours[key] == value
+    found = tiny.differences(resumed / "step_000000006", unbroken / "step_000000006")
+    limit = {key: 1e-4 if "exp_avg_sq" in key else 2e-6 for key in found}
+    assert {key: value for key, value in found.items() if not value <= limit[key]} == {}
+
+
+@pytest.mark.parametrize("name", ["one_one", "tp2_tp2", "dp2_dp2", "tp2_one", "one_tp2", "dp2_one", "one_dp2"])
+def test_resumed_reads_the_same_samples_and_logs_each_step_once(runs, name):
+    unbroken, resumed = (state(runs / run / "step_000000006") for run in ("one", name))
+    assert resumed == unbroken
+    assert unbroken["own_steps"] == {"student": 3, "fake_score": 3} and unbroken["data"]["samples"] == 24
+    lines = tiny.log_lines(runs / name)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["phase"] for line in lines] == ["student", "critic"] * 3
+    assert all(line["loss"] > 0 for line in lines)  # the lines of the steps that were lost are gone
+    assert (runs / name / "latest").read_text() == "step_000000006"
+
+
+def test_saved_positions_are_of_the_samples_consumed(runs):
+    """Of 12 samples after three steps, whatever was read ahead."""
+    data = state(runs / "one" / "step_000000003")["data"]
+    assert data["samples"] == 12
+    assert data["readers"] == {str(reader): [0, 0, 3, 0] for reader in range(4)}
+
+
+def test_a_checkpoint_survives_another_mesh_bit_for_bit(runs):
+    """Loaded by one rank's file at tp2 and written from there: the same tensors, the same exported bytes."""
+    here, there = runs / "one" / "step_000000003", runs / "rewritten" / "step_000000003"
+    assert set(tiny.differences(there, here).values()) == {0.0}
+    assert state(there) == state(here)
+    spec = importlib.util.spec_from_file_location("convert", Path(__file__).parent.parent / "tools" / "convert_checkpoint.py")
+    convert = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(convert)
+    exported = []
+    for source in (runs / "one" / "step_000000003", runs / "rewritten"):  # a checkpoint, and a run's newest
+        target = runs / f"exported_{len(exported)}"
+        assert convert.main(["--from", "mcore", "--to", "diffusers", "--which", "ema", str(source), str(target)]) == 0
+        exported.append({path.name: path.read_bytes() for path in sorted(target.iterdir())})
+    assert exported[0] == exported[1] and len(exported[0]) == 2
+
+
+def test_every_rank_learns_that_one_rank_could_not_write(runs):
+    first, second = json.loads((runs / "errors.json").read_text())
+    assert first == second and "\n" not in first
+    assert "the checkpoint of step 1 could not be written" in first and "there is no earlier checkpoint" in first
+    assert "rank 1" in first or "File too large" in first
+    assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["log.jsonl"]
+
+
+def test_killed_in_mid_run_and_started_again_equals_unbroken(runs):
+    killed = runs / "killed"
+    command = [sys.executable, "-m", "rcm_mcore.train", str(runs / "teacher.yaml"), f"checkpoint.dir={killed}"]
+    with (runs / "killed.txt").open("w") as output:
+        run = subprocess.Popen(command, env=launch.environment(), stdout=output, stderr=output, start_new_session=True)
+        log = killed / "log.jsonl"
+        while not (log.exists() and log.read_text().count("\n") >= 4):  # a step past the checkpoint of step 3
+            assert run.poll() is None, (runs / "killed.txt").read_text()
+            time.sleep(0.002)
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    steps = sorted(path.name for path in killed.glob("step_*"))
+    assert "step_000000003" in steps and "step_000000012" not in steps
+    left = killed / ".partial_step_000000009"  # as a kill in the middle of a save leaves it
+    left.mkdir(exist_ok=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+
+    subprocess.run(command, env=launch.environment(), check=True, capture_output=True, text=True)
+    assert metrics(killed) == metrics(runs / "teacher")
+    found = tiny.differences(killed / "step_000000012", runs / "teacher" / "step_000000012")
+    assert set(found.values()) == {0.0}
+    assert state(killed / "step_000000012") == state(runs / "teacher" / "step_000000012")
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in (runs / "teacher").iterdir())
