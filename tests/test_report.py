@@ -90,7 +90,6 @@ def test_training_curves_read_logs_with_holes(tmp_path: Path, monkeypatch: pytes
     training_curves([tmp_path / "teacher" / "log.jsonl", tmp_path / "student" / "log.jsonl"], tmp_path / "curves.png")
     assert drawn == {
         "teacher: loss/loss": ([1, 2, 3], [1.0, 0.5, 1.0 / 3]),
-        "student: loss/loss": ([1, 2, 3], [3.0, 2.0, 4.0]),
         "student: loss/loss_scm": ([1, 3], [1.0, 4.0]),
         "student: loss/loss_critic": ([2], [5.0]),
         "student: tangent norm before normalisation/g_norm": ([1, 3], [20.0, 30.0]),

@@ -13,6 +13,8 @@ import launch
 import pytest
 import tiny
 
+from rcm_mcore.training.log import KEYS
+
 MESHES = {"one": {}, "tp2": {"tp": 2, "sp": True}, "dp2": {}}
 WORLD = {"one": 1, "tp2": 2, "dp2": 2}
 TIMES = {"seconds", "data_seconds", "samples_per_second"}
@@ -105,11 +107,11 @@ def test_resumed_on_another_mesh_equals_to_rounding(runs, source, mesh):
     for ours, theirs in zip(metrics(resumed), metrics(unbroken), strict=True):
         for key, value in theirs.items():
             if isinstance(value, float):
-                assert abs(ours[key] - value) <= 2e-5 * abs(value), (ours["step"], key)
+                assert abs(ours[key] - value) <= 2e-6 * abs(value), (ours["step"], key)
             else:
                 assert ours[key] == value
     found = tiny.differences(resumed / "step_000000006", unbroken / "step_000000006")
-    limit = {key: 1e-4 if "exp_avg_sq" in key else 2e-6 for key in found}
+    limit = {key: 1e-5 if "exp_avg_sq" in key else 2e-6 for key in found}
     assert {key: value for key, value in found.items() if not value <= limit[key]} == {}
 
 
@@ -119,6 +121,7 @@ def test_resumed_reads_the_same_samples_and_logs_each_step_once(runs, name):
     assert resumed == unbroken
     assert unbroken["own_steps"] == {"student": 3, "fake_score": 3} and unbroken["data"]["samples"] == 24
     lines = tiny.log_lines(runs / name)
+    assert all(tuple(line) == KEYS for line in lines)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["phase"] for line in lines] == ["student", "critic"] * 3
     assert all(line["loss"] > 0 for line in lines)  # the lines of the steps that were lost are gone
@@ -151,8 +154,7 @@ def test_a_checkpoint_survives_another_mesh_bit_for_bit(runs):
 def test_every_rank_learns_that_one_rank_could_not_write(runs):
     first, second = json.loads((runs / "errors.json").read_text())
     assert first == second and "\n" not in first
-    assert "the checkpoint of step 1 could not be written" in first and "there is no earlier checkpoint" in first
-    assert "rank 1" in first or "File too large" in first
+    assert "the checkpoint of step 1 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
     assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["log.jsonl"]
 
 

@@ -97,6 +97,27 @@ def test_one_pass_keeps_no_tangent_and_calls_attention_once(pair, monkeypatch):
     assert calls == [model.text_len] * model.num_layers  # only the cross-attentions
 
 
+def test_one_pass_keeps_no_doubled_storage(pair):
+    """What a dual pass saves for backward must not keep the tangent half of a stacked buffer alive."""
+    from rcm_mcore.models.common import blocks
+
+    model, net, _ = pair
+    buffer = torch.randn(8, 4, model.hidden_size, dtype=torch.float64)
+    half = buffer[:, :2]
+    assert blocks._owned(half).untyped_storage().nbytes() == half.numel() * half.element_size()
+    assert blocks._owned(buffer) is buffer
+    x, x_dot, s, s_dot, text = inputs(model)
+    out = net(Dual(x, x_dot), Dual(s, s_dot), text).primal
+    kept, nodes = [], [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ == "_RecomputeBackward":
+            kept.append(node.saved_tensors[0])
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    assert len(kept) == model.num_layers
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_within_budget(pair, mesh, dtype):
     """Errors against float64, of output and tangent, at most twice those of diffusers in the same dtype.

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +316,7 @@ def compare_export(out: Path, folder: Path) -> float:
     from rcm_mcore.models.wan import build_wan
     from rcm_mcore.parallel.mesh import local_mesh
 
+    torch.backends.cudnn.allow_tf32 = False  # diffusers' patch embedding is a convolution
     theirs = WanTransformer3DModel.from_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     with local_mesh() as mesh, torch.no_grad():
@@ -337,7 +337,8 @@ def machine() -> str:
         return f"{ranks()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     cpu = names[0] if names else platform.processor()
-    return f"{os.cpu_count()} cores of {cpu}, {ranks()} processes of one thread, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of {cpu}, {ranks()} processes of one thread, {versions}"
 
 
 def main() -> int:

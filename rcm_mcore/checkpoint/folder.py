@@ -63,7 +63,7 @@ class CheckpointFolder:
             kept = self.steps()
             usable = f"the checkpoint of step {kept[-1]} is untouched" if kept else "there is no earlier checkpoint"
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.root} ({usable}): {error}"
+                f"the checkpoint of step {step} could not be written to {self.root} (is the disk full? {usable}): {error}"
             ) from None
         return final
 
@@ -150,16 +150,19 @@ def _crc32(path: Path) -> int:
 
 def _damage(path: Path) -> str:
     """What is wrong with this rank's share of the files of a checkpoint, or nothing."""
+    name = _MANIFEST
     try:
-        entries: dict[str, list[int]] = json.loads((path / _MANIFEST).read_text())
+        entries = json.loads((path / name).read_text())
+        if not isinstance(entries, dict) or not entries:
+            return f"{name} lists no files"
         for name in _share(sorted(entries)):
             size, crc = entries[name]
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {size}"
             if _crc32(path / name) != crc:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError) as error:
-        return str(error)
+    except (OSError, ValueError, TypeError) as error:  # a file that is gone or makes no sense
+        return f"{name}: {error}"
     return ""
 
 

@@ -67,7 +67,8 @@ def sample_ode(
 ) -> Iterator[Tensor]:
     """Teacher sampling along dx/ds = v from `noise` [B, C, F, H, W] at s = 1; yields the state after every step, float64.
 
-    `unipc` is diffusers' UniPCMultistepScheduler with flow sigmas, as Wan's pipeline uses it.
+    `unipc` is diffusers' UniPCMultistepScheduler with flow sigmas; the network sees the exact s, where Wan's pipeline gives
+    it 1000 s truncated to a whole number.
     """
     x = noise.double()
     if solver == "euler":

@@ -63,12 +63,16 @@ def pretrain_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
     assert draws.t_g is not None and draws.eps_g is not None and draws.dropped is not None, "draws of another phase"
     t, eps = draws.t_g, draws.eps_g
     text = torch.where(draws.dropped[:, None, None], roles.negative, batch.text)
-    x_s = diffuse(batch.latents, eps, t) / over_sample(t.cos() + t.sin())
+    # Without finite latents there is no target; zeros stand in so that the forward stays finite.
+    usable = _agree(finite_samples(batch.latents), roles)
+    latents = torch.where(over_sample(usable), batch.latents, 0.0)
+    x_s = diffuse(latents, eps, t) / over_sample(t.cos() + t.sin())
     out, rows = _finite_forward(lambda r: roles.student(x_s[r], rf_time(t[r]), text[r]), len(t), roles)
-    metrics = _counters(out, rows, len(t))
+    metrics = _counters(out, rows, len(t)) | {"nonfinite_target": (~usable).sum()}
     if out is None:
         return None, metrics
-    loss = squared_error(primal(out).double(), (eps - batch.latents)[rows]).sum() / eps[0].numel()
+    losses = squared_error(primal(out).double(), (eps - latents)[rows]) / eps[0].numel()
+    loss = torch.where(usable[rows], losses, 0.0).sum()
     return loss / len(t), metrics | {"loss": loss.detach()}
 
 

@@ -98,10 +98,10 @@ def write_gif(videos: Videos, path: PathLike, *, columns: int = 10, scale: int =
 def training_curves(logs: Sequence[PathLike], path: PathLike) -> None:
     """Writes a PNG with one line of plots for each log: its loss terms, and the norm of the tangent.
 
-    A log has one JSON object to a line with ``step``, any number of fields whose names begin with ``loss``, and
-    ``g_norm``; absent, null and non-finite values are left out (student and critic steps have different terms), and
-    so are lines that are cut off. A step that was logged twice, before a kill and after the resumption, counts once,
-    as it was logged last. Faint lines are the values, strong ones a running mean. A plot is titled by the log's folder.
+    A log has one JSON object to a line with ``step``, ``loss`` or its terms ``loss_*`` (then ``loss``, which mixes
+    student and critic steps, is not plotted), and ``g_norm``. Absent, null and non-finite values are left out, and so
+    are lines that are cut off. A step that was logged twice, before a kill and after the resumption, counts once, as
+    it was logged last. Faint lines are the values, strong ones a running mean. A plot is titled by the log's folder.
 
     Raises: ValueError for no logs, or a log without a step.
     """
@@ -116,7 +116,8 @@ def training_curves(logs: Sequence[PathLike], path: PathLike) -> None:
     for (left, right), log in zip(axes, logs):
         curves = _read_curves(Path(log))
         title = Path(log).resolve().parent.name
-        _plot(left, {name: curve for name, curve in curves.items() if name.startswith("loss")}, f"{title}: loss")
+        terms = {name: curve for name, curve in curves.items() if name.startswith("loss_")}
+        _plot(left, terms or {name: curve for name, curve in curves.items() if name == "loss"}, f"{title}: loss")
         tangent = {name: curve for name, curve in curves.items() if name == _TANGENT_NORM}
         _plot(right, tangent, f"{title}: tangent norm before normalisation")
     figure.savefig(path, format="png", dpi=110)
@@ -176,7 +177,7 @@ def _read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _plot(axes: Any, curves: dict[str, tuple[list[int], list[float]]], title: str) -> None:
-    """Curves over steps on one axes; logarithmic when all values are positive."""
+    """Curves over steps on one axes; logarithmic when all values are positive and span more than a decade."""
     axes.set_title(title)
     axes.set_xlabel("step")
     if not curves:
@@ -187,7 +188,8 @@ def _plot(axes: Any, curves: dict[str, tuple[list[int], list[float]]], title: st
         span = max(1, len(values) // _POINTS_PER_MEAN)
         means = np.convolve(values, np.full(span, 1.0 / span), mode="valid")
         axes.plot(steps[span - 1 :], means, color=line.get_color(), label=name)
-    if all(value > 0 for _, values in curves.values() for value in values):
+    flat = [value for _, values in curves.values() for value in values]
+    if 0 < 10 * min(flat) < max(flat):
         axes.set_yscale("log")
     axes.legend()
 

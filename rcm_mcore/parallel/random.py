@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def generator(purpose: str, *, seed: int, step: int, slot: int) -> torch.Generator:
-    """A CPU generator for one use of randomness in one sample of one step; the same on every rank and after a resume."""
+    """A CPU generator for one use of randomness in one sample of one step; the same on every rank and after a resume.
+
+    torch seeds its CPU generator with 32 bits, so among millions of generators some pairs share their numbers.
+    """
     digest = hashlib.sha256(f"{purpose}/{seed}/{step}/{slot}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

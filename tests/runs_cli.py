@@ -1,0 +1,74 @@
+"""In one process: command lines of the trainer one after another, some sabotaged (test_train_cli.py).
+
+Reads FOLDER/cases.json, a list of {"argv", "sabotage"}, and writes FOLDER/results.json: exit code, output and errors of each.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from rcm_mcore import train
+from rcm_mcore.parallel.mesh import destroy_mesh
+from rcm_mcore.training import loop, setup
+
+LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
+save, with_draws = loop.save, setup.with_draws
+
+
+def full_disk_after_first_save(run):
+    """From the second save on, no file may grow over 100 kB."""
+    save(run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, LIMITS[1]))
+
+
+def nan_weight_after_first_save(run):
+    save(run)
+    with torch.no_grad():
+        run.networks[0].net.blocks[0].ffn.linear_fc1.weight[0, 0] = torch.nan
+
+
+def nan_in_one_sample_of_step_2(config, batch):
+    item = with_draws(config, batch)
+    if batch.step != 1:
+        return item
+    noise = item.draws.eps_g.clone()
+    noise[2, 0, 0, 0, 0] = torch.nan
+    return dataclasses.replace(item, draws=dataclasses.replace(item.draws, eps_g=noise))
+
+
+SABOTAGE = {
+    "full disk": lambda: setattr(loop, "save", full_disk_after_first_save),
+    "nan weight": lambda: setattr(loop, "save", nan_weight_after_first_save),
+    "nan sample": lambda: setattr(setup, "with_draws", nan_in_one_sample_of_step_2),
+    None: lambda: None,
+}
+
+
+def run(argv, sabotage):
+    SABOTAGE[sabotage]()
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = train.main(argv)
+    finally:
+        loop.save, setup.with_draws = save, with_draws
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
+        destroy_mesh()
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def main(folder):
+    logging.basicConfig(level=logging.CRITICAL)  # what is logged is not asked for here
+    results = [run(**case) for case in json.loads((folder / "cases.json").read_text())]
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
