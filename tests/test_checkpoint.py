@@ -79,7 +79,8 @@ DAMAGE = {
     "missing": (lambda path: (path / "part" / "state.json").unlink(), "state.json"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
     "half a manifest": (lambda path: (path / "manifest.json").write_text('{"weights.bin": [600'), "manifest.json"),
-    "no list of files": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json"),
+    "no list of files": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json lists no files"),
+    "an empty list": (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json lists no files"),
     "empty": (lambda path: [shutil.rmtree(path), path.mkdir()], "manifest.json"),
 }
 
@@ -308,8 +309,9 @@ def test_what_is_no_checkpoint_is_refused_by_name(trained, fresh, mesh, tmp_path
     path = tmp_path / "net"
     shutil.copytree(trained[0] / "step_000000005", path)
     NO_CHECKPOINTS[kind](path)
-    with pytest.raises(ValueError, match=f"^{path}"):
-        read_network(path)
+    for read in (read_network, network.model_of):
+        with pytest.raises(ValueError, match=f"^{path}"):
+            read(path)
     if "configuration" not in kind:
         with pytest.raises(ValueError, match=f"^{path}"):
             load_network(fresh, path, which="student", dp_cp_group=mesh.groups.dp_cp)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -173,3 +174,11 @@ assert "torch" not in sys.modules and "megatron" not in sys.modules
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
     print(f"validated in {time.monotonic() - start:.2f} s")
+
+
+@pytest.mark.parametrize("path, world", [("digits/teacher.yaml", 2), ("digits/rcm.yaml", 2), ("wan_1_3b/config.yaml", 8)])
+def test_examples_are_sound(path, world):
+    config = load_config(Path(__file__).parent.parent / "examples" / path)
+    tokens = tokens_per_sample(config.model, config.data.latent_shape)
+    dp = validate_mesh(config.model, config.mesh, world, tokens=tokens)
+    assert config.train.global_batch_size % (dp * config.train.micro_batch_size) == 0

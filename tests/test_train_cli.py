@@ -42,7 +42,7 @@ def place(tmp_path_factory, mesh):
     net = build_wan(model, parse_config(tiny.config("s", "r")).mesh, mesh.groups)
     section = tiny.MODEL | {"patch_size": [1, 2, 2]}
     write_network(place / "teacher", {name: p.detach() for name, p in net.named_parameters()}, section)
-    for name, change in (("deep", {"num_layers": 3}), ("rowless", {"text_len": 6})):
+    for name, change in (("deep", {"num_layers": 3}), ("rowless", {"text_len": 6}), ("odd", {})):
         write_network(place / name, {"a": torch.zeros(2)}, section | change)
     for name, content in (("hostile", Runs(place / "it ran")), ("pickled", {"a": [1, 2]})):
         (place / name).mkdir()
@@ -212,6 +212,7 @@ def outcomes(place):
     case("other networks", "scm", "distill.method=scm", "train.steps=1", config="distill")
     case("more networks", "scm", config="distill")
     case("no ema", "good", "optim.ema_length=null")
+    case("odd teacher", "never", f"distill.teacher={place}/odd", config="distill")
     case("other shards", "good", f"data.shards={place}/mixed_shards/*.tar")
     case("done already", "good", "train.steps=2")
     case("full disk", "full", sabotage="full disk")
@@ -268,6 +269,14 @@ def test_a_run_of_another_kind_is_not_resumed(outcomes, place, mesh, name, words
     assert sorted(path.name for path in run_folder(place, "good").iterdir()) == [
         "latest", "log.jsonl", "step_000000001", "step_000000002",
     ]  # fmt: skip
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(outcomes, place):
+    """The teacher's configuration fits, its tensors do not: known only when it is loaded."""
+    assert outcomes["odd teacher"]["code"] == 2
+    line = error_line(outcomes["odd teacher"])
+    assert "/odd does not fit the network" in line and "unknown ['a']" in line
+    assert not run_folder(place, "never").exists()
 
 
 def test_a_finished_run_has_nothing_to_do(outcomes, place):
