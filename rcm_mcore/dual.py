@@ -7,7 +7,7 @@ functions go through `rowwise`, and attention has a kernel of its own (rcm_kerne
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ def unstack(x: Tensor, dim: int = 1) -> Dual:
     return Dual(value, tangent.detach())
 
 
+@overload
+def linear(fn: Callable[[Tensor], Tensor], x: Tensor, dim: int = 1) -> Tensor: ...
+@overload
+def linear(fn: Callable[[Tensor], Tensor], x: Dual, dim: int = 1) -> Dual: ...
+@overload
+def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual, dim: int = 1) -> MaybeDual: ...
 def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual, dim: int = 1) -> MaybeDual:
     """Apply a linear map without bias, one call for both halves of a Dual (doubled batch in dimension `dim`)."""
     return unstack(fn(torch.cat(x, dim)), dim) if isinstance(x, Dual) else fn(x)
@@ -60,7 +66,7 @@ def rowwise(fn: Callable[..., Any], *args: Any) -> Any:
             filled[i] = value
         return fn(*filled)
 
-    out, out_dot = torch.func.jvp(of_duals, tuple(args[i].primal for i in where), tuple(args[i].tangent for i in where))
+    out, out_dot = torch.func.jvp(of_duals, tuple(args[i].primal for i in where), tuple(args[i].tangent for i in where))  # type: ignore[misc]
     if isinstance(out, tuple):
         return tuple(Dual(o, o_dot.detach()) for o, o_dot in zip(out, out_dot))
     return Dual(out, out_dot.detach())

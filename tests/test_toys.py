@@ -170,16 +170,11 @@ def train(config, group, phases, *, student, fake_score=None, data=DATA, seed=SE
     Adam without first moment, as rCM has it (with one, the moving target of sCM overshoots); the rate falls as a cosine.
     """
     generator = seeded(seed)
-    roles = Roles(
-        student=student,
-        teacher=data.velocity,
-        fake_score=fake_score,
-        negative=torch.zeros(1, 1, 1),
-        model_parallel_group=group,
-    )
-    networks = {"pretrain": student, "student": student, "critic": fake_score}
+    networks = dict(student=student, teacher=data.velocity, fake_score=fake_score)
+    roles = Roles(**networks, negative=torch.zeros(1, 1, 1), model_parallel_group=group)
+    trained = {"pretrain": student, "student": student, "critic": fake_score}
     optimizers = {
-        kind: torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)) for kind, net in networks.items() if isinstance(net, Net)
+        k: torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)) for k, net in trained.items() if isinstance(net, Net)
     }
     log = []
     for step, phase in enumerate(phases):

@@ -202,7 +202,7 @@ def test_transformer_engine_is_refused_where_it_is_missing(mesh):
 
     if HAVE_TE:
         pytest.skip("transformer-engine is installed here")
-    with pytest.raises(ValueError, match="model.transformer_impl=transformer_engine needs transformer-engine"):
+    with pytest.raises(ValueError, match=r"model\.transformer_impl=transformer_engine needs transformer-engine"):
         build_wan(small_model(transformer_impl="transformer_engine"), mesh.config, mesh.groups)
 
 

@@ -69,7 +69,8 @@ def all_tensors(checkpoint):
 
     reader = dcp.FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(e.size, dtype=e.properties.dtype) for k, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    stored = {k: e for k, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    tensors = {k: torch.empty(e.size, dtype=e.properties.dtype) for k, e in stored.items()}
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     return tensors
 

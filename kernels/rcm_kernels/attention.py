@@ -124,7 +124,7 @@ class _FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # otherwise autograd fills a zero gradient for lse at every backward
-        ctx.scale = scale
+        ctx.scale = scale  # type: ignore[attr-defined]
         return out, lse
 
     @staticmethod
@@ -162,10 +162,15 @@ def _check_tensors(q: Tensor, k: Tensor, like_q: dict[str, Tensor], like_kv: dic
             f"k has shape {tuple(k_shape)}, but q has {tuple(q_shape)}: "
             f"batch, heads and head width must agree, so k must be ({q_shape[0]}, Skv, {q_shape[2]}, {q_shape[3]})"
         )
-    for other, others, shape in ("q", {"q": q} | like_q, q_shape), ("k", {"k": k} | like_kv, k_shape):
-        for name, x in others.items():
-            if x is None:
+    families: tuple[tuple[str, dict[str, Tensor | None], torch.Size], ...] = (
+        ("q", {"q": q, **like_q}, q_shape),
+        ("k", {"k": k, **like_kv}, k_shape),
+    )
+    for other, others, shape in families:
+        for name, tensor in others.items():
+            if tensor is None:
                 continue
+            x = tensor
             if x.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {other}'s, {tuple(shape)}")
             if x.dtype != dtype:

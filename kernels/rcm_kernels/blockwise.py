@@ -27,7 +27,7 @@ TILES = {"cpu": {"keys": 512, "scores": 2**20}, "cuda": {"keys": 2048, "scores":
 TILE_MIN_QUERIES = 16
 
 # Since 2.8, on CUDA, a matmul of 16-bit operands can return the float32 it accumulated.
-_MATMUL_RETURNS_FLOAT32 = torch.__version__ >= (2, 8)
+_MATMUL_RETURNS_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.8"
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -122,8 +122,7 @@ class _OnlineSoftmax:
 
     def add_keys(self, k: Tensor, v: Tensor, k_dot: Tensor | None, v_dot: Tensor | None) -> None:
         scores = _product(self.q, k.mT, scale=self.scale)
-        self._raise_highest(scores.amax(-1, keepdim=True))
-        probs = scores.sub_(self.highest).exp_()
+        probs = scores.sub_(self._raise_highest(scores.amax(-1, keepdim=True))).exp_()
         weights = probs.to(v.dtype)
         row_sum = probs.sum(-1, keepdim=True)
         total = row_sum if self.l is None else row_sum.add_(self.l)
@@ -131,8 +130,8 @@ class _OnlineSoftmax:
             scores_dot = _product(self.q_dot, k.mT, scale=self.scale)
             if k_dot is not None:
                 _product(self.q, k_dot.mT, scale=self.scale, plus=scores_dot)
-            self._move_center((probs * scores_dot).sum(-1, keepdim=True), total)
-            probs_dot = scores_dot.sub_(self.c).mul_(probs)
+            center = self._move_center((probs * scores_dot).sum(-1, keepdim=True), total)
+            probs_dot = scores_dot.sub_(center).mul_(probs)
             row_sum_dot = probs_dot.sum(-1, keepdim=True)
             self.r = row_sum_dot if self.r is None else self.r.add_(row_sum_dot)
             self.B = _product(probs_dot.to(v.dtype), v, plus=self.B)
@@ -141,7 +140,7 @@ class _OnlineSoftmax:
         self.l = total
         self.A = _product(weights, v, plus=self.A)
 
-    def _raise_highest(self, highest: Tensor) -> None:
+    def _raise_highest(self, highest: Tensor) -> Tensor:
         """Takes the highest scores of the next keys into account: all sums become relative to the higher ones."""
         if self.highest is not None:
             highest = torch.maximum(highest, self.highest)
@@ -150,17 +149,19 @@ class _OnlineSoftmax:
                 if x is not None:
                     x.mul_(shrink)
         self.highest = highest
+        return highest
 
-    def _move_center(self, weighted_sum: Tensor, total: Tensor) -> None:
+    def _move_center(self, weighted_sum: Tensor, total: Tensor) -> Tensor:
         """Moves c to the mean of S_dot, given rowsum(P * S_dot) of the next keys and the l that includes them."""
-        if self.c is None or self.r is None or self.B is None:
+        if self.c is None or self.r is None or self.B is None or self.l is None or self.A is None:
             self.c = weighted_sum.div_(total)
-            return
+            return self.c
         center = weighted_sum.addcmul_(self.c, self.l).div_(total)
         back = self.c.sub_(center)
         self.r.addcmul_(self.l, back)
         self.B.addcmul_(self.A, back)
         self.c = center
+        return center
 
     def write(self, out: Tensor, out_dot: Tensor | None, lse: Tensor, lse_dot: Tensor | None) -> None:
         """Fills views of the results: out, out_dot [B, N, rows, D] and lse, lse_dot [B, N, rows, 1]."""

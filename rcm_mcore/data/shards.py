@@ -235,6 +235,8 @@ def _encode(sample: Sample, index: int) -> dict[str, bytes]:
 
 def _decode(key: str, payloads: Mapping[str, bytes]) -> Sample:
     # Bytes from a stranger can make the decoders raise nearly anything; whatever it is, the sample is bad.
+    latent: object
+    embed: object
     try:
         prompt = payloads["prompt.txt"].decode()
         if "tensors.safetensors" in payloads:

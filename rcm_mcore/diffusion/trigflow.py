@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from rcm_mcore.config import TimeConfig
-from rcm_mcore.dual import MaybeDual, rowwise
+from rcm_mcore.dual import Dual, MaybeDual, rowwise
 
 # v = network(x_s, s): a rectified-flow velocity eps - x0, tensor to tensor and Dual to Dual.
-Velocity = Callable[[MaybeDual, MaybeDual], MaybeDual]
+Velocity = Callable[[Any, Any], Any]
 
 
 def rf_time(t: Tensor) -> Tensor:
@@ -40,6 +41,10 @@ def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return t.cos() * x0 + t.sin() * eps
 
 
+@overload
+def trig_velocity(network: Velocity, x: Tensor, t: Tensor) -> Tensor: ...
+@overload
+def trig_velocity(network: Velocity, x: Dual, t: Dual) -> Dual: ...
 def trig_velocity(network: Velocity, x: MaybeDual, t: MaybeDual) -> MaybeDual:
     """F(x_t, t) = ((cos t - sin t) x_t + v) / (cos t + sin t), with v the network at x_t / (cos t + sin t).
 

@@ -69,14 +69,14 @@ class RunLog:
         if config.wandb:
             import wandb
 
-            mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+            mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
             self._wandb = wandb.init(
                 project=config.project,
                 dir=folder,
                 id=wandb_id,
                 resume="allow",
                 mode=mode,
-                config=resolved,  # type: ignore[arg-type]
+                config=resolved,
             )
             self.wandb_id = self._wandb.id
 

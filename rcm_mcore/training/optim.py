@@ -42,7 +42,7 @@ class AdamWNoMomentum(torch.optim.AdamW):
             if not params:
                 continue
             group["step"] += 1
-            grads = [p.grad for p in params]
+            grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
             moments = [self.state[p]["exp_avg_sq"] for p in params]
             beta2, lr = group["betas"][1], group["lr"]
             torch._foreach_mul_(moments, beta2)

@@ -132,7 +132,7 @@ def _forward_backward(
         loss, metrics = term(next(data))
         if loss is None:
             # Every rank must run a backward, for the collectives in it: a zero that reaches every parameter.
-            loss = 0.0 * sum(p.sum() for p in trained.net.parameters())  # type: ignore[assignment]
+            loss = 0.0 * sum(p.sum() for p in trained.net.parameters())
         assert isinstance(loss, Tensor)
         return loss, lambda output: (output, metrics)
 

@@ -27,7 +27,8 @@ class _KnownAttention(torch.autograd.Function):
     """The result of an attention computed before, with the gradient of computing it now."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        q, k, v, out, lse = tensors
         ctx.save_for_backward(q, k, v, out, lse)
         return out.view_as(out)
 
@@ -44,8 +45,8 @@ def attention(q: MaybeDual, k: MaybeDual, v: MaybeDual, cache: AttentionCache | 
     """
     query, key, value = (primal(x).transpose(0, 1) for x in (q, k, v))
     if isinstance(q, Dual):
-        q_dot, k_dot, v_dot = (x.tangent.transpose(0, 1) if isinstance(x, Dual) else None for x in (q, k, v))
-        out, out_dot, lse, _ = flash_attention_jvp(query, key, value, q_dot, k_dot, v_dot)
+        k_dot, v_dot = (x.tangent.transpose(0, 1) if isinstance(x, Dual) else None for x in (k, v))
+        out, out_dot, lse, _ = flash_attention_jvp(query, key, value, q.tangent.transpose(0, 1), k_dot, v_dot)
         if cache is not None:
             cache.out, cache.lse = out, lse
         return Dual(_merge_heads(out), _merge_heads(out_dot))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -75,6 +75,10 @@ def row_linear(
     )
 
 
+@overload
+def apply(layer: Any, x: Tensor) -> Tensor: ...
+@overload
+def apply(layer: Any, x: MaybeDual) -> MaybeDual: ...
 def apply(layer: Any, x: MaybeDual) -> MaybeDual:
     """The layer without its bias, once for both halves of a Dual."""
     return dual.linear(lambda z: layer(z)[0], x)

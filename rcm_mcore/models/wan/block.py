@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ class CrossAttention(nn.Module):
         text_config = copy.copy(config)
         text_config.sequence_parallel = False
         self.linear_q = column_linear(linears, width, width, config=config, group=group)
-        self.linear_kv = column_linear(linears, width, 2 * width, config=text_config, group=group)
+        self.linear_kv: Any = column_linear(linears, width, 2 * width, config=text_config, group=group)
         self.linear_proj = row_linear(linears, width, width, config=config, group=group)
         self.norm_q = _RMSWeight(width, config=config, group=group)
         self.norm_k = _RMSWeight(width, config=config, group=group)
@@ -180,6 +181,10 @@ def _split_heads(x: Tensor, *, parts: int, head_dim: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (-1, parts, head_dim)).unbind(-2)
 
 
+@overload
+def _sum_over_heads(sums: Tensor, group: dist.ProcessGroup) -> Tensor: ...
+@overload
+def _sum_over_heads(sums: MaybeDual, group: dist.ProcessGroup) -> MaybeDual: ...
 def _sum_over_heads(sums: MaybeDual, group: dist.ProcessGroup) -> MaybeDual:
     """Sums over the heads of all ranks, value and tangent in one collective."""
     if group.size() == 1:
