@@ -7,15 +7,16 @@ be interrupted at any point. What it runs are the product's own commands; it pri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -114,12 +115,11 @@ def train(out: Path, name: str, overrides: list[str], *, kill_at: int | None = N
     folder = out / ("teacher" if name == "teacher" else "student")
     if kill_at is not None and not marker.exists() and last_step(folder) < kill_at:
         print("   " + " ".join(command).replace(sys.executable, "python"), flush=True)
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT)
         while process.poll() is None and last_step(folder) < kill_at:
             time.sleep(0.2)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_all(process)
             marker.write_text(f"killed on purpose after step {last_step(folder)}\n")
             print(
                 f"\n   killed every process on purpose at step {last_step(folder)}; starting the same command again", flush=True
@@ -127,6 +127,15 @@ def train(out: Path, name: str, overrides: list[str], *, kill_at: int | None = N
         elif process.returncode:
             raise SystemExit(f"demo: training failed with exit code {process.returncode}")
     run(command)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to torchrun and to its workers, which are sessions of their own and would live on."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=30)
 
 
 def sample_all(out: Path, quick: bool) -> None:
