@@ -348,6 +348,33 @@ TRAINING = _mutations(
     ("optimizer.tp_group = groups.tp\n", "optimizer.tp_group = groups.dp\n", "test_equals_one_rank[tp2]"),
 )  # fmt: skip
 
+RESUME = (
+    _mutations(
+        "rcm_mcore/training/state.py",
+        "tests/test_resume.py",
+        ("one.steps = state.own_steps[one.name]", "pass", "test_resumed_on_the_same_mesh_is_bit_equal"),
+    )
+    + _mutations(
+        "rcm_mcore/training/optim.py",
+        "tests/test_resume.py",
+        ('state["ema"].copy_(tensors["exp_avg"])', "pass", "test_resumed_on_the_same_mesh_is_bit_equal"),
+    )
+    + _mutations(
+        "rcm_mcore/training/setup.py",
+        "tests/test_resume.py",
+        (
+            "total_steps=critic_steps, has_ema=False",
+            "total_steps=critic_steps, has_ema=True",
+            "test_each_step_changes_its_own_network_and_the_student_alone_has_an_ema",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/checkpoint/folder.py",
+        "tests/test_checkpoint.py",
+        ("if _crc32(path / name) != crc:", "if False:", "test_a_damaged_newest_is_passed_over_loudly"),
+    )
+)
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,

@@ -88,7 +88,7 @@ def train_classifier(out: Path, quick: bool) -> None:
     say("judge: a classifier of digit and motion, trained on the real videos")
     train, heldout = train_heldout_videos(seed=0)
     torch.set_num_threads(1)  # these convolutions are too small for more
-    steps = 60 if quick else 800
+    steps = 60 if quick else 500
     with tqdm(total=steps, unit="step") as bar:
         classifier = train_classifier(*train, seed=0, steps=steps, log=lambda _, __: bar.update())
     share = adherence(classifier.predict(heldout.videos), heldout.digits, heldout.directions)
@@ -368,7 +368,7 @@ def main() -> int:
     teacher = [*paths, f"pretrain.{negative}", f"checkpoint.dir={out}/teacher"]
     student = [*paths, f"distill.{negative}", f"checkpoint.dir={out}/student", f"distill.teacher={out}/teacher"]
     student += [] if on_two else ["mesh.tp=1", "mesh.sp=false"]
-    kill_at = 380
+    kill_at = 280
     if quick:
         teacher += ["train.steps=20", "checkpoint.every=10"]
         student += ["train.steps=12", "checkpoint.every=4"]
