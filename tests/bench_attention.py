@@ -40,9 +40,8 @@ def main():
         "forward with tangents": (seconds(lambda: flash_attention_jvp(q, k, v, q_dot, k_dot, v_dot)), 12 * unit),
         "forward, tangent of q alone": (seconds(lambda: flash_attention_jvp(q, k, v, q_dot)), 8 * unit),
     }
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, [B, S, N, D] = {list(SHAPE)}, error {error:.1e}\n"
-    )
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"{machine}, bfloat16, [B, S, N, D] = {list(SHAPE)}, error {error:.1e}\n")
     print("| what | ms | TFLOP/s |\n|---|---:|---:|")
     for name, (time, flops) in rows.items():
         print(f"| {name} | {1e3 * time:.1f} | {flops / time / 1e12:.0f} |")

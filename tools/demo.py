@@ -88,7 +88,7 @@ def train_classifier(out: Path, quick: bool) -> None:
     say("judge: a classifier of digit and motion, trained on the real videos")
     train, heldout = train_heldout_videos(seed=0)
     torch.set_num_threads(1)  # these convolutions are too small for more
-    steps = 60 if quick else 500
+    steps = 60 if quick else 700
     with tqdm(total=steps, unit="step") as bar:
         classifier = train_classifier(*train, seed=0, steps=steps, log=lambda _, __: bar.update())
     share = adherence(classifier.predict(heldout.videos), heldout.digits, heldout.directions)
