@@ -200,7 +200,7 @@ def evaluate(out: Path, quick: bool) -> None:
     classifier, codec = DigitClassifier.load(out / "classifier.safetensors"), DigitCodec.load(out / "data" / "codec.json")
     train, heldout = train_heldout_videos(seed=0)
     reference = classifier.features(heldout.videos)
-    chosen = torch.randperm(len(train.videos), generator=torch.Generator().manual_seed(0))[: len(prompts)]
+    chosen = real_videos_of(prompts, train)
     videos = {"real training videos": train.videos[chosen]}
     measured = {
         "real training videos": (list(zip(train.digits[chosen].tolist(), train.directions[chosen].tolist())), None, None)
@@ -239,6 +239,17 @@ def evaluate(out: Path, quick: bool) -> None:
     write_gif(videos["rCM student, 4"][:: max(1, len(prompts) // 40)], out / "samples.gif")
     training_curves([out / "teacher" / "log.jsonl", out / "student" / "log.jsonl"], out / "curves.png")
     print(table + "\n" + "\n".join(checks))
+
+
+def real_videos_of(prompts: tuple[str, ...], train) -> torch.Tensor:
+    """Indices of training videos, one for each prompt and none twice."""
+    from rcm_mcore.data.digits import parse_prompt
+
+    order = torch.randperm(len(train.videos), generator=torch.Generator().manual_seed(0)).tolist()
+    found: dict[tuple[int, int], list[int]] = {}
+    for i in order:
+        found.setdefault((int(train.digits[i]), int(train.directions[i])), []).append(i)
+    return torch.tensor([found[parse_prompt(prompt)].pop() for prompt in prompts])
 
 
 def quality(classifier, reference, videos, digits, directions) -> dict:
