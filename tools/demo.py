@@ -196,29 +196,22 @@ def evaluate(out: Path, quick: bool) -> None:
 
     say("report: numbers and pictures")
     prompts = sample_prompts(quick)
-    wanted = [torch.tensor(column) for column in zip(*map(parse_prompt, prompts))]
+    digits, directions = (torch.tensor(column) for column in zip(*map(parse_prompt, prompts)))
     classifier, codec = DigitClassifier.load(out / "classifier.safetensors"), DigitCodec.load(out / "data" / "codec.json")
     train, heldout = train_heldout_videos(seed=0)
     reference = classifier.features(heldout.videos)
-    chosen = real_videos_of(prompts, train)
-    videos = {"real training videos": train.videos[chosen]}
-    measured = {
-        "real training videos": (list(zip(train.digits[chosen].tolist(), train.directions[chosen].tolist())), None, None)
-    }
-    for label in ROWS:
-        path = sample_path(out, label)
-        videos[label] = codec.decode(load_file(path)["latents"])
-        alone = timing(sample_path(out, label, alone=True)) if label in BATCH_1 else None
-        measured[label] = (list(map(parse_prompt, prompts)), timing(path), alone)
+    videos = {"real training videos": train.videos[real_videos_of(prompts, train)]}
+    videos |= {label: codec.decode(load_file(sample_path(out, label))["latents"]) for label in ROWS}
     rows = []
-    for label, (labels, batched, alone) in measured.items():
-        digits, directions = (torch.tensor(column) for column in zip(*labels))
+    for label in videos:
+        batched = timing(sample_path(out, label)) if label in ROWS else {}
+        alone = timing(sample_path(out, label, alone=True)) if label in BATCH_1 else {}
         rows.append(
             {
                 "sampler": label,
-                "evaluations": batched["evaluations"] if batched else None,
-                "s/video, batched": batched["seconds_per_video"] if batched else None,
-                "s/video, batch 1": alone["seconds_per_video"] if alone else None,
+                "evaluations": batched.get("evaluations"),
+                "s/video, batched": batched.get("seconds_per_video"),
+                "s/video, batch 1": alone.get("seconds_per_video"),
                 **quality(classifier, reference, videos[label], digits, directions),
             }
         )
@@ -230,11 +223,7 @@ def evaluate(out: Path, quick: bool) -> None:
     (out / "report.md").write_text("\n".join([table, notes, *checks]) + "\n")
     (out / "report.json").write_text(json.dumps(rows, indent=1))
     columns = list(range(0, len(prompts), len(prompts) // 8))[:8]
-    order = [
-        next(i for i, pair in enumerate(zip(train.digits, train.directions)) if pair == (wanted[0][c], wanted[1][c]))
-        for c in columns
-    ]
-    sheet = {"real": train.videos[order]} | {label: videos[label][columns] for label in ROWS}
+    sheet = {label: row[columns] for label, row in videos.items()}
     contact_sheet(sheet, out / "samples.png", captions=[prompts[c].removeprefix("a handwritten ") for c in columns])
     write_gif(videos["rCM student, 4"][:: max(1, len(prompts) // 40)], out / "samples.gif")
     training_curves([out / "teacher" / "log.jsonl", out / "student" / "log.jsonl"], out / "curves.png")

@@ -109,13 +109,15 @@ def _drop_after(path: Path, step: int) -> None:
     """Remove the lines of steps that a resumed run will do again, and a line that was cut short."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text, kept = path.read_text(encoding="utf-8"), []
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
+    if "".join(kept) == text:
+        return
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
