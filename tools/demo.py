@@ -368,7 +368,7 @@ def main() -> int:
     teacher = [*paths, f"pretrain.{negative}", f"checkpoint.dir={out}/teacher"]
     student = [*paths, f"distill.{negative}", f"checkpoint.dir={out}/student", f"distill.teacher={out}/teacher"]
     student += [] if on_two else ["mesh.tp=1", "mesh.sp=false"]
-    kill_at = 280
+    kill_at = 205  # soon after a checkpoint, so that little is done twice
     if quick:
         teacher += ["train.steps=20", "checkpoint.every=10"]
         student += ["train.steps=12", "checkpoint.every=4"]
