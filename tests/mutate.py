@@ -19,7 +19,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mutations import MUTATIONS, Mutation
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH keeps a script's own folder off the path
+
+from mutations import MUTATIONS, Mutation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"rcm_mcore": "rcm_mcore", "rcm_kernels": "kernels/rcm_kernels"}

@@ -1,0 +1,323 @@
+// Attention on Hopper, with or without its tangent (kernels/README.md derives it; hopper.py compiles and launches it).
+//
+// A block holds one tile of 64 * GROUPS queries. One warp loads tiles of BN keys by TMA into a ring of STAGES buffers; each of
+// GROUPS warpgroups owns 64 queries and multiplies on wgmma. The consumers are not synchronised with each other: while one is
+// in its softmax another keeps the tensor cores busy. The grid is persistent: tiles of queries are dealt round robin, those of
+// one head in a row, so that its keys stay in the L2 cache.
+//
+// hopper.py defines D (64 or 128), BN, STAGES, GROUPS, TANGENT, K_TANGENT, V_TANGENT, BF16, MAX_RISE, and prepends
+// wgmma_ss_<n> (both operands in shared memory) and wgmma_rs_<n> (the first in registers), n columns wide.
+//
+// Names: O = P V and T = P V_dot + H V are the accumulators, P = exp2(S - m), H = P (S_dot - c); l = rowsum(P), r = rowsum(H).
+// m follows the highest score, lazily: it moves when a score rises more than MAX_RISE (in powers of two) above it, so that O and
+// T are hardly ever rescaled. c follows the mean of S_dot, at the same moments and at tiles 1, 2, 4, 8, ... (docs/adr/0002).
+
+static constexpr int BM = 64 * GROUPS;
+static constexpr int HALVES = D / 64;  // a row of a tile in shared memory is 128 bytes: 64 columns
+static constexpr int Q_HALF = BM * 128, Q_BYTES = HALVES * Q_HALF;
+static constexpr int KV_HALF = BN * 128, KV_BYTES = HALVES * KV_HALF;
+static constexpr int K_BYTES = KV_BYTES * (1 + K_TANGENT), V_BYTES = KV_BYTES * (1 + V_TANGENT);
+static constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
+static constexpr int CONSUMER_WARPS = 4 * GROUPS;
+
+struct alignas(64) TensorMap {
+  char opaque[128];
+};
+
+struct Barriers {
+  u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64& bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&bar)), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(u64& bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u64& bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&bar)) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64& bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
+          shared_address(&bar)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap& from, u64& bar, int column, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          to),
+      "l"(&from), "r"(shared_address(&bar)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Describes an operand of wgmma in shared memory, swizzled in 128-byte rows: 8 rows every 1024 bytes, and for an operand whose
+// columns are contiguous (V) the next 64 of them `leading` bytes on. Addresses may be added to it in units of 16 bytes.
+__device__ __forceinline__ u64 operand(u32 address, u32 leading) {
+  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits for all but the last n groups of wgmma.
+template <int n>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+// Keeps the compiler from moving uses of registers that wgmma writes across the fence or wait beside this.
+template <int n>
+__device__ __forceinline__ void pin(float (&x)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 x;
+  if (BF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+// Over the four lanes that share a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// s = a b^T, or s += a b^T, for 64 rows of a tile of queries and BN keys.
+__device__ __forceinline__ void multiply_keys(float (&s)[BN / 2], u64 a, u64 b, bool add) {
+#pragma unroll
+  for (int k = 0; k < D / 16; k++) {
+    int within = k % 4 * 2;  // 16 columns are 32 bytes
+    WGMMA_SS(s, a + k / 4 * (Q_HALF >> 4) + within, b + k / 4 * (KV_HALF >> 4) + within, add || k > 0);
+  }
+}
+// acc += p v for 64 rows of probabilities and BN values.
+__device__ __forceinline__ void multiply_values(float (&acc)[D / 2], u32 (&p)[BN / 4], u64 v) {
+#pragma unroll
+  for (int k = 0; k < BN / 16; k++)
+    WGMMA_RS(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], v + k * (16 * 128 >> 4), true);
+}
+
+// What a persistent block works on.
+struct Work {
+  int tile, head, batch;
+  __device__ __forceinline__ Work(int index, int tiles, int heads)
+      : tile(index % tiles), head(index / tiles % heads), batch(index / tiles / heads) {}
+};
+
+// In registers, following wgmma's layout of an accumulator: element i of a row-tile belongs to row lane / 4 + 8 * (i / 2 % 2)
+// of the warp's 16 and to column i / 4 * 8 + lane % 4 * 2 + i % 2.
+#define ROW(i) ((i) / 2 % 2)
+
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+    attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
+              const __grid_constant__ TensorMap q_dot, const __grid_constant__ TensorMap k_dot,
+              const __grid_constant__ TensorMap v_dot, u32* out, u32* out_dot, float* lse, float* lse_dot, int queries,
+              int keys, int heads, int works, i64 out_batch, i64 out_row, i64 out_head, float scale) {
+  extern __shared__ char memory[];
+  __shared__ Barriers bars;
+  const u32 q_at = (shared_address(memory) + 1023) & ~1023u, q_dot_at = q_at + Q_BYTES, kv_at = q_at + (1 + TANGENT) * Q_BYTES;
+  const int q_tiles = (queries + BM - 1) / BM, kv_tiles = (keys + BN - 1) / BN;
+  if (threadIdx.x == 0) {
+    barrier_init(bars.q_full, 1);
+    barrier_init(bars.q_empty, CONSUMER_WARPS);
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(bars.k_full[i], 1);
+      barrier_init(bars.v_full[i], 1);
+      barrier_init(bars.k_empty[i], CONSUMER_WARPS);
+      barrier_init(bars.v_empty[i], CONSUMER_WARPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  if (threadIdx.x < 128) {  // the producer
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 24 : 32));
+    if (threadIdx.x > 0) return;
+    int stage = 0;
+    u32 phase = 0, q_phase = 0;
+    for (int index = blockIdx.x; index < works; index += gridDim.x, q_phase ^= 1) {
+      const Work work(index, q_tiles, heads);
+      barrier_wait(bars.q_empty, q_phase ^ 1);
+      barrier_expect(bars.q_full, Q_BYTES * (1 + TANGENT));
+      for (int h = 0; h < HALVES; h++) {
+        tma_load(q_at + h * Q_HALF, q, bars.q_full, h * 64, work.tile * BM, work.head, work.batch);
+        if (TANGENT) tma_load(q_dot_at + h * Q_HALF, q_dot, bars.q_full, h * 64, work.tile * BM, work.head, work.batch);
+      }
+      for (int j = 0; j < kv_tiles; j++) {
+        const u32 k_at = kv_at + stage * STAGE_BYTES, v_at = k_at + K_BYTES;
+        barrier_wait(bars.k_empty[stage], phase ^ 1);
+        barrier_expect(bars.k_full[stage], K_BYTES);
+        for (int h = 0; h < HALVES; h++) {
+          tma_load(k_at + h * KV_HALF, k, bars.k_full[stage], h * 64, j * BN, work.head, work.batch);
+          if (K_TANGENT)
+            tma_load(k_at + KV_BYTES + h * KV_HALF, k_dot, bars.k_full[stage], h * 64, j * BN, work.head, work.batch);
+        }
+        barrier_wait(bars.v_empty[stage], phase ^ 1);
+        barrier_expect(bars.v_full[stage], V_BYTES);
+        for (int h = 0; h < HALVES; h++) {
+          tma_load(v_at + h * KV_HALF, v, bars.v_full[stage], h * 64, j * BN, work.head, work.batch);
+          if (V_TANGENT)
+            tma_load(v_at + KV_BYTES + h * KV_HALF, v_dot, bars.v_full[stage], h * 64, j * BN, work.head, work.batch);
+        }
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+    }
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 240 : 160));
+  const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+  const int first_row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4, first_column = lane % 4 * 2;
+  const float scale_log2 = scale * 1.4426950408889634f;
+  const u64 q_rows = operand(q_at + group * 64 * 128, 0), q_dot_rows = operand(q_dot_at + group * 64 * 128, 0);
+  int stage = 0;
+  u32 phase = 0, q_phase = 0;
+  for (int index = blockIdx.x; index < works; index += gridDim.x, q_phase ^= 1) {
+    float O[D / 2] = {}, T[D / 2] = {}, l[2] = {}, r[2] = {}, c[2] = {}, m[2] = {-INFINITY, -INFINITY};
+    barrier_wait(bars.q_full, q_phase);
+    for (int j = 0; j < kv_tiles; j++) {
+      float S[BN / 2], S_dot[BN / 2];
+      u32 P[BN / 4], H[BN / 4];
+      const u64 k_rows = operand(kv_at + stage * STAGE_BYTES, 0);
+      const u64 v_rows = operand(kv_at + stage * STAGE_BYTES + K_BYTES, KV_HALF);
+      const bool last = j == kv_tiles - 1;
+
+      barrier_wait(bars.k_full[stage], phase);
+      pin(S);
+      if (TANGENT) pin(S_dot);
+      wgmma_fence();
+      multiply_keys(S, q_rows, k_rows, false);
+      wgmma_commit();
+      if (TANGENT) {
+        multiply_keys(S_dot, q_dot_rows, k_rows, false);
+        if (K_TANGENT) multiply_keys(S_dot, q_rows, k_rows + (KV_BYTES >> 4), true);
+        wgmma_commit();
+      }
+      wgmma_wait<TANGENT>();  // for S
+      pin(S);
+      if (last && keys % BN) {
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++)
+          if (j * BN + i / 4 * 8 + first_column + i % 2 >= keys) S[i] = -INFINITY;
+      }
+
+      float highest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int i = 0; i < BN / 2; i++) highest[ROW(i)] = fmaxf(highest[ROW(i)], S[i]);
+      bool rises = TANGENT && (j & (j - 1)) == 0;
+#pragma unroll
+      for (int i = 0; i < 2; i++) rises |= highest[i] * scale_log2 > m[i] + MAX_RISE;
+      const bool move = __any_sync(~0u, rises);
+      float shrink[2] = {1, 1};
+      if (move) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const float to = fmaxf(m[i], row_max(highest[i]) * scale_log2);
+          shrink[i] = power_of_two(m[i] - to);
+          m[i] = to;
+          l[i] *= shrink[i];
+          r[i] *= shrink[i];
+        }
+      }
+      const float l_before[2] = {l[0], l[1]};
+#pragma unroll
+      for (int i = 0; i < BN / 2; i++) {
+        S[i] = power_of_two(S[i] * scale_log2 - m[ROW(i)]);
+        l[ROW(i)] += S[i];
+      }
+      if (move) {
+        float back[2] = {};
+        if (TANGENT) {
+          wgmma_wait<0>();
+          pin(S_dot);
+          float sum[2] = {};
+#pragma unroll
+          for (int i = 0; i < BN / 2; i++) sum[ROW(i)] += S[i] * (S_dot[i] * scale);
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const float to = (row_sum(sum[i] + r[i]) + c[i] * row_sum(l_before[i])) / row_sum(l[i]);
+            back[i] = c[i] - to;
+            c[i] = to;
+            r[i] += back[i] * l_before[i];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) {
+          O[i] *= shrink[ROW(i)];
+          if (TANGENT) T[i] = T[i] * shrink[ROW(i)] + back[ROW(i)] * O[i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < BN / 2; i += 2) P[i / 2] = pack(S[i], S[i + 1]);
+
+      barrier_wait(bars.v_full[stage], phase);
+      pin(O);
+      if (TANGENT) pin(T);
+      wgmma_fence();
+      multiply_values(O, P, v_rows);
+      if (V_TANGENT) multiply_values(T, P, v_rows + (KV_BYTES >> 4));
+      wgmma_commit();
+      if (TANGENT) {
+        wgmma_wait<1>();  // for S_dot, while P V goes on
+        pin(S_dot);
+      }
+      if (lane == 0) {
+        barrier_arrive(bars.k_empty[stage]);
+        if (last) barrier_arrive(bars.q_empty);
+      }
+      if (TANGENT) {
+#pragma unroll
+        for (int i = 0; i < BN / 2; i += 2) {
+          const float first = S[i] * (S_dot[i] * scale - c[ROW(i)]), second = S[i + 1] * (S_dot[i + 1] * scale - c[ROW(i)]);
+          r[ROW(i)] += first + second;
+          H[i / 2] = pack(first, second);
+        }
+        wgmma_fence();
+        multiply_values(T, H, v_rows);
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+      pin(O);
+      if (TANGENT) pin(T);
+      if (lane == 0) barrier_arrive(bars.v_empty[stage]);
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+
+    const Work work(index, q_tiles, heads);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int row = work.tile * BM + first_row + 8 * i;
+      const float sum = row_sum(l[i]), rest = row_sum(r[i]) / sum, inverse = 1 / sum;
+      if (row >= queries) continue;
+      const i64 at = work.batch * out_batch + row * out_row + work.head * out_head + first_column;
+#pragma unroll
+      for (int x = 2 * i; x < D / 2; x += 4) {
+        const float first = O[x] * inverse, second = O[x + 1] * inverse;
+        const i64 to = (at + x / 4 * 8) / 2;
+        out[to] = pack(first, second);
+        if (TANGENT) out_dot[to] = pack(T[x] * inverse - rest * first, T[x + 1] * inverse - rest * second);
+      }
+      if (lane % 4 == 0) {
+        const i64 to = ((i64)work.batch * heads + work.head) * queries + row;
+        lse[to] = (m[i] + log2f(sum)) * 0.6931471805599453f;
+        if (TANGENT) lse_dot[to] = c[i] + rest;
+      }
+    }
+  }
+}

@@ -1,0 +1,238 @@
+"""Attention on Hopper (compute capability 9.0): compiles hopper.cu when it is first needed, and launches it.
+
+The compiler (NVRTC) and the driver are reached through cuda-bindings; torch's CUDA builds since 2.11 bring both. One kernel
+takes about half a second to compile, once a process for each (dtype, head width, tangents given).
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTHS = (64, 128)
+# (head width, with tangents) -> keys in a tile and warpgroups of 64 queries; docs/benchmarks/attention_h200_202611.md compares.
+TILES = {(128, True): (64, 2), (64, True): (112, 2), (128, False): (128, 2), (64, False): (128, 3)}
+# How far (in powers of two) a score may rise above the running maximum before the accumulators are rescaled. P is then up to
+# 2**MAX_RISE and H that times S_dot, which float16 must hold.
+MAX_RISE = {torch.bfloat16: 8, torch.float16: 4}
+SHARED_MEMORY = 232448  # bytes a block may use on compute capability 9.0
+MAX_STAGES = 4
+
+
+def unfit(q: Tensor, *others: Tensor | None) -> str | None:
+    """Why this backend cannot take these tensors [B, S, N, D]; None if it can."""
+    if not q.is_cuda or _capability(q.device) != (9, 0):
+        return "it needs a Hopper GPU (compute capability 9.0)"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "it needs the package cuda-bindings"
+    if q.dtype not in MAX_RISE:
+        return f"it takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[3] not in WIDTHS:
+        return f"it takes head widths {WIDTHS}, not {q.shape[3]}"
+    for x in (q, *others):
+        if x is not None and not _tma_can_read(x):
+            return f"TMA reads tensors whose address and strides are multiples of 16 bytes; one has strides {x.stride()}"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """As `blockwise.forward`, for tensors that are not `unfit`."""
+    q_dot, k_dot, v_dot = tangents
+    batch, queries, heads, width = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    out_dot, lse_dot = (None, None) if q_dot is None else (torch.empty_like(q), torch.empty_like(lse))
+    kernel = _kernel(q.dtype, width, tuple(x is not None for x in tangents), q.device)
+    kernel.launch((q, k, v, q_dot, k_dot, v_dot), (out, out_dot, lse, lse_dot), scale)
+    return out, out_dot, lse, lse_dot
+
+
+class _Kernel:
+    """One compiled variant, loaded on one device."""
+
+    def __init__(self, dtype: torch.dtype, width: int, tangents: tuple[bool, ...], device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self.driver = driver
+        self.keys, groups = TILES[width, tangents[0]]
+        self.queries, self.threads = 64 * groups, 128 * (groups + 1)
+        stages, self.memory = _shared_memory(self.keys, self.queries, width, tangents)
+        code = _compile(_source(dtype, width, tangents, self.keys, stages, groups))
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        _make_current(device)
+        self.function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(code)), b"attention"))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self.function, attribute, self.memory))
+
+    def launch(self, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], scale: float) -> None:
+        """Fills `outputs` (out, out_dot, lse, lse_dot) from `inputs` (q, k, v and their tangents) on the current stream."""
+        q, k = inputs[:2]
+        out = outputs[0]
+        assert q is not None and k is not None and out is not None, "q, k and out are always there"
+        # A map that the kernel does not read must still be one: q's.
+        maps = [_tensor_map(q if x is None else x, self.keys if i % 3 else self.queries) for i, x in enumerate(inputs)]
+        works = q.shape[0] * q.shape[2] * -(-q.shape[1] // self.queries)
+        pointers = [0 if x is None else x.data_ptr() for x in outputs]
+        sizes = (q.shape[1], k.shape[1], q.shape[2], works)
+        strides = (out.stride(0), out.stride(1), out.stride(2))
+        values = (*maps, *pointers, *sizes, *strides, scale)
+        _make_current(q.device)
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        grid = (min(works, self.blocks), 1, 1, self.threads, 1, 1)
+        _checked(self.driver.cuLaunchKernel(self.function, *grid, self.memory, stream, (values, _ARGUMENT_TYPES), 0))
+
+
+_ARGUMENT_TYPES = (
+    *(None,) * 6,  # tensor maps
+    *(ctypes.c_void_p,) * 4,  # out, out_dot, lse, lse_dot
+    *(ctypes.c_int,) * 4,  # queries, keys, heads, works
+    *(ctypes.c_longlong,) * 3,  # strides of out and out_dot: batch, row, head
+    ctypes.c_float,  # scale
+)
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, width: int, tangents: tuple[bool, ...], device: torch.device) -> _Kernel:
+    return _Kernel(dtype, width, tangents, device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _tma_can_read(x: Tensor) -> bool:
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+
+
+def _shared_memory(keys: int, queries: int, width: int, tangents: tuple[bool, ...]) -> tuple[int, int]:
+    """Stages of the ring of tiles, and the bytes of dynamic shared memory they take together with the queries."""
+    row = 2 * width
+    fixed = 1024 + queries * row * (1 + tangents[0])  # the first is for alignment
+    stage = keys * row * (2 + tangents[1] + tangents[2])
+    static = 1024  # barriers
+    stages = min(MAX_STAGES, (SHARED_MEMORY - static - fixed) // stage)
+    assert stages >= 2, f"{stages} stages of {stage} bytes: the table of tiles is wrong"
+    return stages, fixed + stages * stage
+
+
+def _source(  # noqa: PLR0917 (what a variant is)
+    dtype: torch.dtype, width: int, tangents: tuple[bool, ...], keys: int, stages: int, groups: int
+) -> str:
+    """hopper.cu for one variant."""
+    of_q, of_k, of_v = map(int, tangents)
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    constants = {"D": width, "BN": keys, "STAGES": stages, "GROUPS": groups, "BF16": int(kind == "bf16")}
+    constants |= {"TANGENT": of_q, "K_TANGENT": of_k, "V_TANGENT": of_v, "MAX_RISE": f"{MAX_RISE[dtype]}.0f"}
+    constants |= {"WGMMA_SS": f"wgmma_ss_{keys}", "WGMMA_RS": f"wgmma_rs_{width}", "INFINITY": "__int_as_float(0x7f800000)"}
+    lines = ["typedef unsigned int u32;", "typedef unsigned long long u64;", "typedef long long i64;"]
+    lines += [f"#define {name} {value}" for name, value in constants.items()]
+    lines += [_wgmma(keys, kind, a_in_registers=False), _wgmma(width, kind, a_in_registers=True)]
+    return "\n".join(lines) + "\n" + Path(__file__).with_name("hopper.cu").read_text()
+
+
+def _wgmma(columns: int, kind: str, *, a_in_registers: bool) -> str:
+    """A device function d = a b (+ d if `add`) for wgmma.m64n<columns>k16, accumulating in float32.
+
+    From registers, b's columns are contiguous in memory (values); from shared memory, its rows are (keys).
+    """
+    count = columns // 2
+    results = ", ".join(f"%{i}" for i in range(count))
+    parts = [f"%{count + i}" for i in range(4 if a_in_registers else 1)]
+    a = "{" + ", ".join(parts) + "}" if a_in_registers else parts[0]
+    b, add = count + len(parts), count + len(parts) + 1
+    parameters = "u32 a0, u32 a1, u32 a2, u32 a3" if a_in_registers else "u64 a"
+    constraints = '"r"(a0), "r"(a1), "r"(a2), "r"(a3)' if a_in_registers else '"l"(a)'
+    transposed = "1" if a_in_registers else "0, 0"
+    operation = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
+    in_out = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    name = f"wgmma_{'rs' if a_in_registers else 'ss'}_{columns}"
+    return f"""__device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}, u64 b, bool add) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{add}, 0;\\n{operation} {{{results}}}, {a}, %{b}, p, 1, 1, {transposed};\\n}}"
+    : {in_out} : {constraints}, "l"(b), "r"((int)add));
+}}"""
+
+
+def _compile(source: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"hopper.cu", 0, [], []))
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(status):
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC could not compile hopper.cu ({status}):\n{log.decode(errors='replace')}")
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+def _tensor_map(x: Tensor, rows: int) -> Any:
+    return _encoded_map(x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, rows)
+
+
+@functools.lru_cache(maxsize=4096)  # the allocator hands out the same addresses again and again
+def _encoded_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> Any:
+    """The TMA descriptor of a [B, S, N, D] tensor, read in boxes of `rows` tokens by 64 columns."""
+    from cuda.bindings import driver
+
+    batch, tokens, heads, width = shape
+    types = driver.CUtensorMapDataType
+    bf16, f16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    # The stride of a dimension of one element means nothing and may be anything; the descriptor wants a multiple of 16.
+    steps = [strides[i] * 2 if shape[i] > 1 else 16 for i in (1, 2, 0)]
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            bf16 if dtype == torch.bfloat16 else f16,
+            4,
+            address,
+            [driver.cuuint64_t(n) for n in (width, tokens, heads, batch)],
+            [driver.cuuint64_t(n) for n in steps],
+            [driver.cuuint32_t(n) for n in (64, rows, 1, 1)],
+            [driver.cuuint32_t(1)] * 4,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _make_current(device: torch.device) -> None:
+    """Makes the device's primary context, the one torch uses, current on this thread."""
+    from cuda.bindings import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    context = _primary_context(index)
+    if int(_checked(driver.cuCtxGetCurrent())) != int(context):
+        _checked(driver.cuCtxSetCurrent(context))
+
+
+@functools.cache
+def _primary_context(index: int) -> Any:
+    from cuda.bindings import driver
+
+    torch.cuda.init()
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(index))))
+
+
+def _checked(result: tuple) -> Any:
+    """The values of a call of cuda-bindings, or a RuntimeError if it failed."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"a CUDA call failed: {status!r}")
+    return values[0] if len(values) == 1 else tuple(values)
