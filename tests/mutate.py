@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH keeps a script's own folder off the path
 
-from mutations import MUTATIONS, Mutation  # noqa: E402
+from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"rcm_mcore": "rcm_mcore", "rcm_kernels": "kernels/rcm_kernels"}

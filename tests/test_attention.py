@@ -1,4 +1,4 @@
-"""Attention and its tangent against float64 PyTorch (torch.func.jvp, scaled_dot_product_attention, autograd)."""
+"""Attention and its tangent in plain PyTorch, against float64: torch.func.jvp, scaled_dot_product_attention, autograd."""
 
 import math
 import weakref
@@ -9,13 +9,24 @@ from attention_oracle import (
     BATCH,
     HEADS,
     WIDTH,
+    assert_close,
+    assert_within_budget,
     draw_dual,
     exact_gradients,
     exact_jvp,
+    halves,
+    merge,
     plain_gradients,
     sdpa,
 )
-from rcm_kernels import blockwise, flash_attention, flash_attention_backward, flash_attention_jvp, reference
+from rcm_kernels import (
+    blockwise,
+    flash_attention,
+    flash_attention_backward,
+    flash_attention_jvp,
+    reference,
+    use_backends,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,11 +35,16 @@ LAYOUTS = ["contiguous", "fused", "sequence_first", "shared"]
 
 
 @pytest.fixture(autouse=True)
-def nan_poisoned(request):
+def plain_pytorch():
+    """The backend under test here; test_kernels.py has the others."""
+    use_backends(jvp="blockwise", forward="blockwise", backward="blockwise")
+    yield
+    use_backends(jvp="auto", forward="auto", backward="auto")
+
+
+@pytest.fixture(autouse=True)
+def nan_poisoned():
     """Every torch.empty is full of NaN, so that an element nobody wrote shows."""
-    if request.node.get_closest_marker("gpu1"):  # cuBLAS refuses the deterministic mode that fills them
-        yield
-        return
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan().all()
     yield
@@ -40,19 +56,6 @@ def small_tiles(monkeypatch):
     limits = {"keys": 16, "scores": BATCH * HEADS * 16 * 8}
     monkeypatch.setattr(blockwise, "TILES", dict.fromkeys(("cpu", "cuda"), limits))
     monkeypatch.setattr(blockwise, "TILE_MIN_QUERIES", 1)
-
-
-def assert_close(got, want, tol):
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        err = (g.double() - w.double()).abs().max() / w.double().abs().max().clamp(min=1)
-        assert err <= tol, f"result {i}: relative error {err:.1e}"
-
-
-def assert_within_budget(got, plain, exact, factor=2.0):
-    """At most `factor` times the error (root mean square) of plain PyTorch in the same dtype."""
-    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
-        ours, theirs = (float((x.double().cpu() - e).square().mean().sqrt()) for x in (g, p))
-        assert ours <= factor * theirs, f"result {i}: error {ours:.2e}, plain PyTorch {theirs:.2e}"
 
 
 # The reference itself
@@ -196,11 +199,6 @@ def test_what_is_not_differentiable_is_refused():
 # Blocks of keys, as in a ring
 
 
-def halves(*tensors):
-    middle = tensors[0].shape[1] // 3
-    return [x[:, :middle] for x in tensors], [x[:, middle:] for x in tensors]
-
-
 def test_backward_of_blocks_adds_up_to_the_whole(small_tiles):
     (q, k, v), (dout, _, _) = draw_dual(21, 45)
     out, lse = flash_attention(q, k, v)
@@ -209,16 +207,6 @@ def test_backward_of_blocks_adds_up_to_the_whole(small_tiles):
     assert_close(whole, exact_gradients(dout, (q, k, v)), 1e-12)
     assert_close([first[0] + second[0]], [whole[0]], 1e-12)
     assert_close([torch.cat((first[i], second[i]), dim=1) for i in (1, 2)], whole[1:], 1e-12)
-
-
-def merge(a, b):
-    """Merges (out, out_dot, lse, lse_dot) over disjoint sets of keys."""
-    w = torch.sigmoid(b[2] - a[2])
-    w_dot = w * (1 - w) * (b[3] - a[3])
-    on_out = lambda x: x.transpose(1, 2).unsqueeze(-1)
-    out = torch.lerp(a[0], b[0], on_out(w))
-    out_dot = torch.lerp(a[1], b[1], on_out(w)) + on_out(w_dot) * (b[0] - a[0])
-    return out, out_dot, torch.logaddexp(a[2], b[2]), torch.lerp(a[3], b[3], w)
 
 
 def test_blocks_merge_to_the_whole_but_not_without_lse_dot(small_tiles):

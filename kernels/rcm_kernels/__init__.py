@@ -1,8 +1,10 @@
 """Attention whose forward pass also carries a tangent.
 
-A tangent is named `x_dot`, a gradient `dx`. This package depends on torch alone.
+A tangent is named `x_dot`, a gradient `dx`. This package needs torch alone; GPU
+kernels join where triton or cuda-bindings is installed, as torch's CUDA builds have them.
 """
 
 from rcm_kernels.attention import flash_attention, flash_attention_backward, flash_attention_jvp
+from rcm_kernels.backends import backends, use_backends
 
-__all__ = ["flash_attention", "flash_attention_backward", "flash_attention_jvp"]
+__all__ = ["backends", "flash_attention", "flash_attention_backward", "flash_attention_jvp", "use_backends"]

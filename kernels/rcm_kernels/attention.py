@@ -1,4 +1,4 @@
-"""The public attention functions: they validate, then hand over to a backend (so far the PyTorch one, `blockwise`).
+"""The public attention functions: they validate, then hand over to a backend (`backends`).
 
 Dimensions: B batch, S tokens (Sq of the queries, Skv of keys and values), N heads, D head width.
 Tensors are [B, S, N, D] with any strides whose last one is 1; float16, bfloat16, float32 or float64, all arguments of a
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from rcm_kernels import blockwise
+from rcm_kernels.backends import choose
+from rcm_kernels.blockwise import accumulation_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,7 +56,8 @@ def flash_attention_jvp(  # noqa: PLR0917 (the three tangents mirror the three p
     like_q, like_kv = {"q_dot": q_dot}, {"v": v, "k_dot": k_dot, "v_dot": v_dot}
     _check_tensors(q, k, like_q, like_kv)
     with torch.no_grad():
-        out, out_dot, lse, lse_dot = blockwise.forward(q, k, v, tangents=(q_dot, k_dot, v_dot), scale=scale)
+        forward = choose("jvp", q, k, v, q_dot, k_dot, v_dot)
+        out, out_dot, lse, lse_dot = forward(q, k, v, tangents=(q_dot, k_dot, v_dot), scale=scale)
     assert out_dot is not None and lse_dot is not None, "tangents went in, so tangents must come out"
     return out, out_dot, lse, lse_dot
 
@@ -112,7 +114,7 @@ def flash_attention_backward(  # noqa: PLR0917 (the order in which autograd save
     _check_tensors(q, k, {"dout": dout, "out": out}, {"v": v})
     _check_lse(lse, q)
     with torch.no_grad():
-        return blockwise.backward(dout, q, k, v, out, lse, scale=scale)
+        return choose("backward", q, k, v, dout, out)(dout, q, k, v, out, lse, scale=scale)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -120,7 +122,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, _, lse, _ = blockwise.forward(q, k, v, scale=scale)
+        out, _, lse, _ = choose("forward", q, k, v)(q, k, v, scale=scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # otherwise autograd fills a zero gradient for lse at every backward
@@ -188,7 +190,7 @@ def _check_lse(lse: Tensor, q: Tensor) -> None:
     batch, queries, heads, _ = q.shape
     if lse.shape != (batch, heads, queries):
         raise ValueError(f"lse has shape {tuple(lse.shape)}; it must be [B, N, Sq] = {(batch, heads, queries)}")
-    if lse.dtype != blockwise.accumulation_dtype(q):
-        raise ValueError(f"lse has dtype {lse.dtype}; it must be {blockwise.accumulation_dtype(q)} for {q.dtype} inputs")
+    if lse.dtype != accumulation_dtype(q):
+        raise ValueError(f"lse has dtype {lse.dtype}; it must be {accumulation_dtype(q)} for {q.dtype} inputs")
     if lse.device != q.device:
         raise ValueError(f"lse is on device {lse.device}; it must be on q's, {q.device}")

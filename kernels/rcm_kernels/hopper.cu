@@ -1,16 +1,16 @@
 // Attention on Hopper, with or without its tangent (kernels/README.md derives it; hopper.py compiles and launches it).
 //
 // A block holds one tile of 64 * GROUPS queries. One warp loads tiles of BN keys by TMA into a ring of STAGES buffers; each of
-// GROUPS warpgroups owns 64 queries and multiplies on wgmma. The consumers are not synchronised with each other: while one is
-// in its softmax another keeps the tensor cores busy. The grid is persistent: tiles of queries are dealt round robin, those of
-// one head in a row, so that its keys stay in the L2 cache.
+// GROUPS warpgroups owns 64 queries, which a warp of its own loads, and multiplies on wgmma. The consumers are not synchronised
+// with each other: while one is in its softmax, or writes its results, another keeps the tensor cores busy. The grid is
+// persistent: tiles of queries are dealt round robin, those of one head in a row, so that its keys stay in the L2 cache.
 //
 // hopper.py defines D (64 or 128), BN, STAGES, GROUPS, TANGENT, K_TANGENT, V_TANGENT, BF16, MAX_RISE, and prepends
 // wgmma_ss_<n> (both operands in shared memory) and wgmma_rs_<n> (the first in registers), n columns wide.
 //
 // Names: O = P V and T = P V_dot + H V are the accumulators, P = exp2(S - m), H = P (S_dot - c); l = rowsum(P), r = rowsum(H).
 // m follows the highest score, lazily: it moves when a score rises more than MAX_RISE (in powers of two) above it, so that O and
-// T are hardly ever rescaled. c follows the mean of S_dot, at the same moments and at tiles 1, 2, 4, 8, ... (docs/adr/0002).
+// T are hardly ever rescaled. c follows the mean of S_dot, at the same moments and at tiles 16, 256, ... (docs/adr/0002).
 
 static constexpr int BM = 64 * GROUPS;
 static constexpr int HALVES = D / 64;  // a row of a tile in shared memory is 128 bytes: 64 columns
@@ -18,6 +18,7 @@ static constexpr int Q_HALF = BM * 128, Q_BYTES = HALVES * Q_HALF;
 static constexpr int KV_HALF = BN * 128, KV_BYTES = HALVES * KV_HALF;
 static constexpr int K_BYTES = KV_BYTES * (1 + K_TANGENT), V_BYTES = KV_BYTES * (1 + V_TANGENT);
 static constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
+static constexpr int RESULT_BYTES = HALVES * 64 * 128;  // of one group
 static constexpr int CONSUMER_WARPS = 4 * GROUPS;
 
 struct alignas(64) TensorMap {
@@ -25,7 +26,7 @@ struct alignas(64) TensorMap {
 };
 
 struct Barriers {
-  u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  u64 q_full[GROUPS], q_empty[GROUPS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -54,6 +55,14 @@ __device__ __forceinline__ void tma_load(u32 to, const TensorMap& from, u64& bar
       "l"(&from), "r"(shared_address(&bar)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+
+__device__ __forceinline__ void tma_store(const TensorMap& to, u32 from, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&to), "r"(from),
+               "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+// Among the 128 threads of a group of consumers.
+__device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
 
 // Describes an operand of wgmma in shared memory, swizzled in 128-byte rows: 8 rows every 1024 bytes, and for an operand whose
 // columns are contiguous (V) the next 64 of them `leading` bytes on. Addresses may be added to it in units of 16 bytes.
@@ -127,15 +136,19 @@ struct Work {
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
               const __grid_constant__ TensorMap q_dot, const __grid_constant__ TensorMap k_dot,
-              const __grid_constant__ TensorMap v_dot, u32* out, u32* out_dot, float* lse, float* lse_dot, int queries,
-              int keys, int heads, int works, i64 out_batch, i64 out_row, i64 out_head, float scale) {
+              const __grid_constant__ TensorMap v_dot, const __grid_constant__ TensorMap out,
+              const __grid_constant__ TensorMap out_dot, float* lse, float* lse_dot, int queries,
+              int keys, int heads, int works, float scale) {
   extern __shared__ char memory[];
   __shared__ Barriers bars;
-  const u32 q_at = (shared_address(memory) + 1023) & ~1023u, q_dot_at = q_at + Q_BYTES, kv_at = q_at + (1 + TANGENT) * Q_BYTES;
+  const u32 q_at = (shared_address(memory) + 1023) & ~1023u, kv_at = q_at + (1 + TANGENT) * Q_BYTES;
+  const u32 results_at = kv_at + STAGES * STAGE_BYTES;
   const int q_tiles = (queries + BM - 1) / BM, kv_tiles = (keys + BN - 1) / BN;
   if (threadIdx.x == 0) {
-    barrier_init(bars.q_full, 1);
-    barrier_init(bars.q_empty, CONSUMER_WARPS);
+    for (int i = 0; i < GROUPS; i++) {
+      barrier_init(bars.q_full[i], 1);
+      barrier_init(bars.q_empty[i], 4);
+    }
     for (int i = 0; i < STAGES; i++) {
       barrier_init(bars.k_full[i], 1);
       barrier_init(bars.v_full[i], 1);
@@ -146,19 +159,28 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
   }
   __syncthreads();
 
-  if (threadIdx.x < 128) {  // the producer
+  if (threadIdx.x < 128) {  // the producers: warp 0 loads keys and values, warp 1 + g the queries of group g
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 24 : 32));
-    if (threadIdx.x > 0) return;
+    const int group = threadIdx.x / 32 - 1;
+    if (threadIdx.x % 32 > 0 || group >= GROUPS) return;
     int stage = 0;
-    u32 phase = 0, q_phase = 0;
-    for (int index = blockIdx.x; index < works; index += gridDim.x, q_phase ^= 1) {
+    u32 phase = 0;
+#pragma unroll 1
+    for (int index = blockIdx.x; index < works; index += gridDim.x) {
       const Work work(index, q_tiles, heads);
-      barrier_wait(bars.q_empty, q_phase ^ 1);
-      barrier_expect(bars.q_full, Q_BYTES * (1 + TANGENT));
-      for (int h = 0; h < HALVES; h++) {
-        tma_load(q_at + h * Q_HALF, q, bars.q_full, h * 64, work.tile * BM, work.head, work.batch);
-        if (TANGENT) tma_load(q_dot_at + h * Q_HALF, q_dot, bars.q_full, h * 64, work.tile * BM, work.head, work.batch);
+      if (group >= 0) {
+        const int row = work.tile * BM + group * 64;
+        barrier_wait(bars.q_empty[group], phase ^ 1);
+        barrier_expect(bars.q_full[group], Q_BYTES / GROUPS * (1 + TANGENT));
+        for (int h = 0; h < HALVES; h++) {
+          const u32 at = q_at + h * Q_HALF + group * 64 * 128;
+          tma_load(at, q, bars.q_full[group], h * 64, row, work.head, work.batch);
+          if (TANGENT) tma_load(at + Q_BYTES, q_dot, bars.q_full[group], h * 64, row, work.head, work.batch);
+        }
+        phase ^= 1;
+        continue;
       }
+#pragma unroll 1  // the producers have few registers
       for (int j = 0; j < kv_tiles; j++) {
         const u32 k_at = kv_at + stage * STAGE_BYTES, v_at = k_at + K_BYTES;
         barrier_wait(bars.k_empty[stage], phase ^ 1);
@@ -183,21 +205,20 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 240 : 160));
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-  const int first_row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4, first_column = lane % 4 * 2;
+  const int row_of_warp = threadIdx.x / 32 % 4 * 16, row_in_group = row_of_warp + lane / 4, first_column = lane % 4 * 2;
+  const bool leader = threadIdx.x % 128 == 0;
   const float scale_log2 = scale * 1.4426950408889634f;
-  const u64 q_rows = operand(q_at + group * 64 * 128, 0), q_dot_rows = operand(q_dot_at + group * 64 * 128, 0);
+  const u64 q_rows = operand(q_at + group * 64 * 128, 0), q_dot_rows = q_rows + (Q_BYTES >> 4);
   int stage = 0;
   u32 phase = 0, q_phase = 0;
   for (int index = blockIdx.x; index < works; index += gridDim.x, q_phase ^= 1) {
     float O[D / 2] = {}, T[D / 2] = {}, l[2] = {}, r[2] = {}, c[2] = {}, m[2] = {-INFINITY, -INFINITY};
-    barrier_wait(bars.q_full, q_phase);
-    for (int j = 0; j < kv_tiles; j++) {
-      float S[BN / 2], S_dot[BN / 2];
-      u32 P[BN / 4], H[BN / 4];
-      const u64 k_rows = operand(kv_at + stage * STAGE_BYTES, 0);
-      const u64 v_rows = operand(kv_at + stage * STAGE_BYTES + K_BYTES, KV_HALF);
-      const bool last = j == kv_tiles - 1;
+    float S[BN / 2], S_dot[BN / 2];
+    u32 P[BN / 4];
 
+    // Begins S of a tile, and as another group of wgmma S_dot.
+    auto begin_scores = [&]() {
+      const u64 k_rows = operand(kv_at + stage * STAGE_BYTES, 0);
       barrier_wait(bars.k_full[stage], phase);
       pin(S);
       if (TANGENT) pin(S_dot);
@@ -209,18 +230,39 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         if (K_TANGENT) multiply_keys(S_dot, q_rows, k_rows + (KV_BYTES >> 4), true);
         wgmma_commit();
       }
-      wgmma_wait<TANGENT>();  // for S
+    };
+    // Begins O += P V and T += P V_dot.
+    auto begin_values = [&](int from, u32 parity) {
+      const u64 v_rows = operand(kv_at + from * STAGE_BYTES + K_BYTES, KV_HALF);
+      barrier_wait(bars.v_full[from], parity);
+      pin(O);
+      if (TANGENT) pin(T);
+      wgmma_fence();
+      multiply_values(O, P, v_rows);
+      if (V_TANGENT) multiply_values(T, P, v_rows + (KV_BYTES >> 4));
+      wgmma_commit();
+    };
+    auto finish_values = [&]() {
+      wgmma_wait<0>();
+      pin(O);
+      if (TANGENT) pin(T);
+    };
+    auto release = [&](u64& barrier) {
+      if (lane == 0) barrier_arrive(barrier);
+    };
+    // Turns S of tile j into P, taking care of m, l, c and what hangs on them. Waits for S; when m or c moves, for all else.
+    auto probabilities = [&](int j) {
+      wgmma_wait<1>();  // what began after S: S_dot, or without tangents the values of the tile before
       pin(S);
-      if (last && keys % BN) {
+      if (j == kv_tiles - 1 && keys % BN) {
 #pragma unroll
         for (int i = 0; i < BN / 2; i++)
           if (j * BN + i / 4 * 8 + first_column + i % 2 >= keys) S[i] = -INFINITY;
       }
-
       float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
       for (int i = 0; i < BN / 2; i++) highest[ROW(i)] = fmaxf(highest[ROW(i)], S[i]);
-      bool rises = TANGENT && (j & (j - 1)) == 0;
+      bool rises = TANGENT && (j & (j - 1)) == 0 && (j & 0x11110) == j;  // 0, 16, 256, 4096, 65536
 #pragma unroll
       for (int i = 0; i < 2; i++) rises |= highest[i] * scale_log2 > m[i] + MAX_RISE;
       const bool move = __any_sync(~0u, rises);
@@ -241,6 +283,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         S[i] = power_of_two(S[i] * scale_log2 - m[ROW(i)]);
         l[ROW(i)] += S[i];
       }
+      if (!TANGENT) finish_values();
       if (move) {
         float back[2] = {};
         if (TANGENT) {
@@ -265,23 +308,21 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       }
 #pragma unroll
       for (int i = 0; i < BN / 2; i += 2) P[i / 2] = pack(S[i], S[i + 1]);
+    };
 
-      barrier_wait(bars.v_full[stage], phase);
-      pin(O);
-      if (TANGENT) pin(T);
-      wgmma_fence();
-      multiply_values(O, P, v_rows);
-      if (V_TANGENT) multiply_values(T, P, v_rows + (KV_BYTES >> 4));
-      wgmma_commit();
-      if (TANGENT) {
-        wgmma_wait<1>();  // for S_dot, while P V goes on
+    barrier_wait(bars.q_full[group], q_phase);
+    if (TANGENT) {
+      // The accumulators leave no registers for the scores of two tiles. While H is computed, P V and P V_dot go on.
+#pragma unroll 1
+      for (int j = 0; j < kv_tiles; j++) {
+        begin_scores();
+        probabilities(j);
+        begin_values(stage, phase);
+        wgmma_wait<1>();  // for S_dot
         pin(S_dot);
-      }
-      if (lane == 0) {
-        barrier_arrive(bars.k_empty[stage]);
-        if (last) barrier_arrive(bars.q_empty);
-      }
-      if (TANGENT) {
+        release(bars.k_empty[stage]);
+        if (j == kv_tiles - 1) release(bars.q_empty[group]);
+        u32 H[BN / 4];
 #pragma unroll
         for (int i = 0; i < BN / 2; i += 2) {
           const float first = S[i] * (S_dot[i] * scale - c[ROW(i)]), second = S[i + 1] * (S_dot[i + 1] * scale - c[ROW(i)]);
@@ -289,35 +330,82 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
           H[i / 2] = pack(first, second);
         }
         wgmma_fence();
-        multiply_values(T, H, v_rows);
+        multiply_values(T, H, operand(kv_at + stage * STAGE_BYTES + K_BYTES, KV_HALF));
         wgmma_commit();
+        finish_values();
+        release(bars.v_empty[stage]);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
       }
-      wgmma_wait<0>();
-      pin(O);
-      if (TANGENT) pin(T);
-      if (lane == 0) barrier_arrive(bars.v_empty[stage]);
+    } else {
+      // The scores of tile j are computed, and turned into P, while P V of tile j - 1 goes on.
+      begin_scores();
+      wgmma_commit();  // an empty group, where the values of the tile before would be
+      probabilities(0);
+#pragma unroll 1
+      for (int j = 1; j < kv_tiles; j++) {
+        const int before = stage;
+        const u32 v_phase = phase;
+        release(bars.k_empty[stage]);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+        begin_scores();
+        begin_values(before, v_phase);
+        probabilities(j);
+        release(bars.v_empty[before]);
+      }
+      release(bars.k_empty[stage]);
+      release(bars.q_empty[group]);
+      begin_values(stage, phase);
+      finish_values();
+      release(bars.v_empty[stage]);
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 
     const Work work(index, q_tiles, heads);
+    const int first_of_group = work.tile * BM + group * 64;
+    float inverse[2], rest[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int row = work.tile * BM + first_row + 8 * i;
-      const float sum = row_sum(l[i]), rest = row_sum(r[i]) / sum, inverse = 1 / sum;
-      if (row >= queries) continue;
-      const i64 at = work.batch * out_batch + row * out_row + work.head * out_head + first_column;
-#pragma unroll
-      for (int x = 2 * i; x < D / 2; x += 4) {
-        const float first = O[x] * inverse, second = O[x + 1] * inverse;
-        const i64 to = (at + x / 4 * 8) / 2;
-        out[to] = pack(first, second);
-        if (TANGENT) out_dot[to] = pack(T[x] * inverse - rest * first, T[x + 1] * inverse - rest * second);
-      }
-      if (lane % 4 == 0) {
+      const int row = first_of_group + row_in_group + 8 * i;
+      const float sum = row_sum(l[i]);
+      inverse[i] = 1 / sum;
+      rest[i] = row_sum(r[i]) * inverse[i];
+      if (lane % 4 == 0 && row < queries) {
         const i64 to = ((i64)work.batch * heads + work.head) * queries + row;
         lse[to] = (m[i] + log2f(sum)) * 0.6931471805599453f;
-        if (TANGENT) lse_dot[to] = c[i] + rest;
+        if (TANGENT) lse_dot[to] = c[i] + rest[i];
       }
     }
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) {
+      O[i] *= inverse[ROW(i)];
+      if (TANGENT) T[i] = T[i] * inverse[ROW(i)] - rest[ROW(i)] * O[i];
+    }
+    // Through shared memory, from where TMA stores them while the next tile begins.
+    auto store = [&](float(&x)[D / 2], const TensorMap& to, int buffer) {
+      const u32 from = results_at + (buffer * GROUPS + group) * RESULT_BYTES;
+      if (BUFFERS == 1 || buffer == 0) {
+        if (leader) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the buffer is free
+        group_sync(group);
+      }
+#pragma unroll
+      for (int i = 0; i < D / 16; i++) {  // 16 columns of 16 rows a warp; every lane gives the address of 8 of them
+        const u32 row = from + i / 4 * (64 * 128) + row_of_warp * 128 + lane % 16 * 128;
+        const u32 chunk = (i % 4 * 2 + lane / 16) ^ (lane % 8);  // of 16 bytes, swizzled
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row + chunk * 16),
+                     "r"(pack(x[8 * i], x[8 * i + 1])), "r"(pack(x[8 * i + 2], x[8 * i + 3])),
+                     "r"(pack(x[8 * i + 4], x[8 * i + 5])), "r"(pack(x[8 * i + 6], x[8 * i + 7]))
+                     : "memory");
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      group_sync(group);
+      if (leader) {
+        for (int h = 0; h < HALVES; h++)
+          tma_store(to, from + h * (64 * 128), h * 64, first_of_group, work.head, work.batch);
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      }
+    };
+    store(O, out, 0);
+    if (TANGENT) store(T, out_dot, BUFFERS - 1);
   }
+  if (leader) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

@@ -7,6 +7,7 @@ takes about half a second to compile, once a process for each (dtype, head width
 import ctypes
 import functools
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ import torch
 from torch import Tensor
 
 WIDTHS = (64, 128)
-# (head width, with tangents) -> keys in a tile and warpgroups of 64 queries; docs/benchmarks/attention_h200_202611.md compares.
-TILES = {(128, True): (64, 2), (64, True): (112, 2), (128, False): (128, 2), (64, False): (128, 3)}
+# (head width, with tangents) -> keys in a tile and warpgroups of 64 queries, for long and for short sets of keys;
+# docs/benchmarks/attention_h200_202611.md compares.
+TILES = {
+    (128, True): ((64, 2), (64, 2)),
+    (64, True): ((112, 2), (48, 3)),
+    (128, False): ((80, 3), (128, 2)),
+    (64, False): ((128, 3), (128, 3)),
+}
+SHORT = 1024  # keys
 # How far (in powers of two) a score may rise above the running maximum before the accumulators are rescaled. P is then up to
 # 2**MAX_RISE and H that times S_dot, which float16 must hold.
 MAX_RISE = {torch.bfloat16: 8, torch.float16: 4}
@@ -53,23 +61,69 @@ def forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     out_dot, lse_dot = (None, None) if q_dot is None else (torch.empty_like(q), torch.empty_like(lse))
-    kernel = _kernel(q.dtype, width, tuple(x is not None for x in tangents), q.device)
+    variant = _Variant(q.dtype, width, (q_dot is not None, k_dot is not None, v_dot is not None), k.shape[1] <= SHORT)
+    kernel = _kernel(variant, q.device)
     kernel.launch((q, k, v, q_dot, k_dot, v_dot), (out, out_dot, lse, lse_dot), scale)
     return out, out_dot, lse, lse_dot
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What a kernel is compiled for."""
+
+    dtype: torch.dtype
+    width: int
+    tangents: tuple[bool, bool, bool]  # of q, k, v
+    short: bool  # few keys
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Keys in a tile, and warpgroups of 64 queries."""
+        return TILES[self.width, self.tangents[0]][self.short]
+
+    def shared_memory(self) -> tuple[int, int, int]:
+        """Stages of the ring of tiles, buffers for a tile's results, and the bytes of dynamic shared memory all takes."""
+        keys, groups = self.tile
+        row, of_q, of_k, of_v = 2 * self.width, *self.tangents
+        stage = keys * row * (2 + of_k + of_v)
+        alignment = static = 1024  # the latter for barriers
+        for buffers in (1 + of_q, 1):
+            fixed = alignment + 64 * groups * row * (1 + of_q + buffers)
+            stages = min(MAX_STAGES, (SHARED_MEMORY - static - fixed) // stage)
+            if stages >= 3:
+                break
+        assert stages >= 2 and keys % 16 == 0, f"{stages} stages of {keys} keys: the table of tiles is wrong"
+        return stages, buffers, fixed + stages * stage
+
+    def source(self) -> str:
+        """hopper.cu for this variant."""
+        keys, groups = self.tile
+        of_q, of_k, of_v = map(int, self.tangents)
+        stages, buffers, _ = self.shared_memory()
+        kind = "bf16" if self.dtype == torch.bfloat16 else "f16"
+        constants = {"D": self.width, "BN": keys, "GROUPS": groups, "STAGES": stages, "BUFFERS": buffers}
+        constants |= {"TANGENT": of_q, "K_TANGENT": of_k, "V_TANGENT": of_v, "BF16": int(kind == "bf16")}
+        names = {"WGMMA_SS": f"wgmma_ss_{keys}", "WGMMA_RS": f"wgmma_rs_{self.width}"}
+        names |= {"MAX_RISE": f"{MAX_RISE[self.dtype]}.0f", "INFINITY": "__int_as_float(0x7f800000)"}
+        types = {"u32": "unsigned int", "u64": "unsigned long long", "i64": "long long"}
+        lines = [f"typedef {meaning} {name};" for name, meaning in types.items()]
+        lines += [f"#define {name} {value}" for name, value in (constants | names).items()]
+        lines += [_wgmma(keys, kind, a_in_registers=False), _wgmma(self.width, kind, a_in_registers=True)]
+        return "\n".join(lines) + "\n" + Path(__file__).with_name("hopper.cu").read_text()
 
 
 class _Kernel:
     """One compiled variant, loaded on one device."""
 
-    def __init__(self, dtype: torch.dtype, width: int, tangents: tuple[bool, ...], device: torch.device) -> None:
+    def __init__(self, variant: _Variant, device: torch.device) -> None:
         from cuda.bindings import driver
 
         self.driver = driver
-        self.keys, groups = TILES[width, tangents[0]]
+        self.keys, groups = variant.tile
         self.queries, self.threads = 64 * groups, 128 * (groups + 1)
-        stages, self.memory = _shared_memory(self.keys, self.queries, width, tangents)
-        code = _compile(_source(dtype, width, tangents, self.keys, stages, groups))
+        self.memory = variant.shared_memory()[-1]
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        code = _compile(variant.source())
         _make_current(device)
         self.function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(code)), b"attention"))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -77,16 +131,14 @@ class _Kernel:
 
     def launch(self, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], scale: float) -> None:
         """Fills `outputs` (out, out_dot, lse, lse_dot) from `inputs` (q, k, v and their tangents) on the current stream."""
-        q, k = inputs[:2]
-        out = outputs[0]
-        assert q is not None and k is not None and out is not None, "q, k and out are always there"
-        # A map that the kernel does not read must still be one: q's.
-        maps = [_tensor_map(q if x is None else x, self.keys if i % 3 else self.queries) for i, x in enumerate(inputs)]
+        (q, k), (out, out_dot, lse, lse_dot) = inputs[:2], outputs
+        assert q is not None and k is not None and lse is not None, "these are always there"
+        # A map that the kernel does not use must still be one: q's.
+        rows = (64, self.keys, self.keys) * 2 + (64, 64)
+        maps = [_tensor_map(q if x is None else x, n) for x, n in zip((*inputs, out, out_dot), rows, strict=True)]
         works = q.shape[0] * q.shape[2] * -(-q.shape[1] // self.queries)
-        pointers = [0 if x is None else x.data_ptr() for x in outputs]
-        sizes = (q.shape[1], k.shape[1], q.shape[2], works)
-        strides = (out.stride(0), out.stride(1), out.stride(2))
-        values = (*maps, *pointers, *sizes, *strides, scale)
+        pointers = (lse.data_ptr(), 0 if lse_dot is None else lse_dot.data_ptr())
+        values = (*maps, *pointers, q.shape[1], k.shape[1], q.shape[2], works, scale)
         _make_current(q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream
         grid = (min(works, self.blocks), 1, 1, self.threads, 1, 1)
@@ -94,17 +146,16 @@ class _Kernel:
 
 
 _ARGUMENT_TYPES = (
-    *(None,) * 6,  # tensor maps
-    *(ctypes.c_void_p,) * 4,  # out, out_dot, lse, lse_dot
+    *(None,) * 8,  # tensor maps of q, k, v, their tangents, out, out_dot
+    *(ctypes.c_void_p,) * 2,  # lse, lse_dot
     *(ctypes.c_int,) * 4,  # queries, keys, heads, works
-    *(ctypes.c_longlong,) * 3,  # strides of out and out_dot: batch, row, head
     ctypes.c_float,  # scale
 )
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, width: int, tangents: tuple[bool, ...], device: torch.device) -> _Kernel:
-    return _Kernel(dtype, width, tangents, device)
+def _kernel(variant: _Variant, device: torch.device) -> _Kernel:
+    return _Kernel(variant, device)
 
 
 @functools.cache
@@ -114,33 +165,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _tma_can_read(x: Tensor) -> bool:
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
-
-
-def _shared_memory(keys: int, queries: int, width: int, tangents: tuple[bool, ...]) -> tuple[int, int]:
-    """Stages of the ring of tiles, and the bytes of dynamic shared memory they take together with the queries."""
-    row = 2 * width
-    fixed = 1024 + queries * row * (1 + tangents[0])  # the first is for alignment
-    stage = keys * row * (2 + tangents[1] + tangents[2])
-    static = 1024  # barriers
-    stages = min(MAX_STAGES, (SHARED_MEMORY - static - fixed) // stage)
-    assert stages >= 2, f"{stages} stages of {stage} bytes: the table of tiles is wrong"
-    return stages, fixed + stages * stage
-
-
-def _source(  # noqa: PLR0917 (what a variant is)
-    dtype: torch.dtype, width: int, tangents: tuple[bool, ...], keys: int, stages: int, groups: int
-) -> str:
-    """hopper.cu for one variant."""
-    of_q, of_k, of_v = map(int, tangents)
-    kind = "bf16" if dtype == torch.bfloat16 else "f16"
-    constants = {"D": width, "BN": keys, "STAGES": stages, "GROUPS": groups, "BF16": int(kind == "bf16")}
-    constants |= {"TANGENT": of_q, "K_TANGENT": of_k, "V_TANGENT": of_v, "MAX_RISE": f"{MAX_RISE[dtype]}.0f"}
-    constants |= {"WGMMA_SS": f"wgmma_ss_{keys}", "WGMMA_RS": f"wgmma_rs_{width}", "INFINITY": "__int_as_float(0x7f800000)"}
-    lines = ["typedef unsigned int u32;", "typedef unsigned long long u64;", "typedef long long i64;"]
-    lines += [f"#define {name} {value}" for name, value in constants.items()]
-    lines += [_wgmma(keys, kind, a_in_registers=False), _wgmma(width, kind, a_in_registers=True)]
-    return "\n".join(lines) + "\n" + Path(__file__).with_name("hopper.cu").read_text()
+    return x.data_ptr() % 16 == 0 and all(s >= 0 and s * x.element_size() % 16 == 0 for s in strides)
 
 
 def _wgmma(columns: int, kind: str, *, a_in_registers: bool) -> str:
@@ -160,7 +185,8 @@ def _wgmma(columns: int, kind: str, *, a_in_registers: bool) -> str:
     in_out = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     name = f"wgmma_{'rs' if a_in_registers else 'ss'}_{columns}"
     return f"""__device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}, u64 b, bool add) {{
-  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{add}, 0;\\n{operation} {{{results}}}, {a}, %{b}, p, 1, 1, {transposed};\\n}}"
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{add}, 0;\\n"
+    "{operation} {{{results}}}, {a}, %{b}, p, 1, 1, {transposed};\\n}}"
     : {in_out} : {constraints}, "l"(b), "r"((int)add));
 }}"""
 
