@@ -56,14 +56,14 @@ def plain_gradients(dout, primals):
 
 def assert_close(got, want, tol):
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        err = (g.double() - w.double()).abs().max() / w.double().abs().max().clamp(min=1)
+        err = (g.double().to(w.device) - w.double()).abs().max() / w.double().abs().max().clamp(min=1)
         assert err <= tol, f"result {i}: relative error {err:.1e}"
 
 
 def assert_within_budget(got, plain, exact, factor=2.0, floor=0.0):
     """At most `factor` times the error (root mean square) of plain PyTorch in the same dtype, and `floor`."""
     for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
-        ours, theirs = (float((x.double().cpu() - e).square().mean().sqrt()) for x in (g, p))
+        ours, theirs = (float((x.double().to(e.device) - e).square().mean().sqrt()) for x in (g, p))
         assert ours <= factor * theirs + floor, f"result {i}: error {ours:.2e}, plain PyTorch {theirs:.2e}"
 
 

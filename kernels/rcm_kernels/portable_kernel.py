@@ -19,7 +19,7 @@ def _store(tensor, x, rows, stride, count, D: tl.constexpr, BLOCK_D: tl.constexp
     tl.store(tensor + at, x.to(tensor.dtype.element_ty), mask=(rows < count)[:, None] & (columns < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "heads"])  # or every length would be compiled for
 def attention_kernel(  # noqa: PLR0915, PLR0917 (a kernel's arguments are pointers, strides and sizes)
     q, k, v, q_dot, k_dot, v_dot, out, out_dot, lse, lse_dot,
     q_b, q_s, q_n, k_b, k_s, k_n, v_b, v_s, v_n,

@@ -28,8 +28,8 @@ class Cudnn:
     @staticmethod
     def unfit(q: Tensor, k: Tensor, *_: Tensor) -> str | None:
         """Why this backend cannot take these tensors [B, S, N, D]; None if it can."""
-        if q.shape[1] == k.shape[1] == 1:
-            return "cuDNN takes no single query with a single key"
+        if 1 in (q.shape[1], k.shape[1]):
+            return "PyTorch gives cuDNN no sequence of one token"
         return _torch_refuses("cuDNN", can_use_cudnn_attention, q, k)
 
     @staticmethod
