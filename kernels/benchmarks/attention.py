@@ -1,4 +1,4 @@
-"""Time attention on one GPU beside a matmul and others' attention: `python kernels/benchmarks/attention.py [--out DIR] [--quick]`.
+"""Time attention on one GPU beside a matmul and others' attention: `python kernels/benchmarks/attention.py [--out DIR]`.
 
 Prints Markdown tables and writes them to DIR/attention.md with the figures in DIR/attention.json. Every row is preceded by a
 check against float64 on a few hundred tokens of the same dtype and width; a row that fails it is not timed, and the exit
@@ -79,9 +79,7 @@ class Bench:
         self.rows: list[dict] = []
         self.failed: list[str] = []
 
-    def add(
-        self, what: str, *, shape: str, flops: float, error: float, run: Callable[[], object], inner: int = 1
-    ) -> float | None:
+    def add(self, what: str, run: Callable[[], object], *, shape: str, flops: float, error: float, inner: int = 1) -> None:
         """Time `run` unless its error is too large."""
         if not error <= TOLERANCE[torch.bfloat16]:
             self.failed.append(f"{what}, {shape}: error {error:.1e}")

@@ -48,7 +48,7 @@ class Cudnn:
         seed = _no_seed(q.device, torch.int64, ())
         rest = (seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False)
         grads = _aten._scaled_dot_product_cudnn_attention_backward(*tensors, lse.unsqueeze(-1), *rest, scale=scale)
-        return tuple(x.transpose(1, 2) for x in grads)  # type: ignore[return-value]
+        return tuple(x.transpose(1, 2) for x in grads)
 
 
 class TorchFlash:
@@ -77,7 +77,7 @@ class TorchFlash:
         seed = _no_seed(q.device, torch.uint64, (2,))
         rest = (None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed)
         grads = _aten._scaled_dot_product_flash_attention_backward(*tensors, lse, *rest, scale=scale)
-        return tuple(x.transpose(1, 2) for x in grads)  # type: ignore[return-value]
+        return tuple(x.transpose(1, 2) for x in grads)
 
 
 class FlashAttn2:
@@ -139,10 +139,10 @@ class FlashAttn3:
 def _torch_refuses(name: str, can_use, q: Tensor, k: Tensor) -> str | None:
     if not q.is_cuda:
         return "it needs a GPU"
-    heads_first = (x.detach().transpose(1, 2) for x in (q, k, k))
+    query, key = q.detach().transpose(1, 2), k.detach().transpose(1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fits = can_use(SDPAParams(*heads_first, None, 0.0, False, False))
+        fits = can_use(SDPAParams(query, key, key, None, 0.0, False, False))
     return None if fits else f"PyTorch's {name} takes no {q.dtype} of width {q.shape[3]} here, or is switched off"
 
 
