@@ -109,6 +109,7 @@ class Pytest:
             "PYTHONSAFEPATH": "1",
             "PYTHONDONTWRITEBYTECODE": "1",  # a cached module of the same second and size would hide the next mutation
             "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",  # read when triton is imported, which the server does before tests/conftest.py
         }
         command = [sys.executable, "-W", "ignore", "-c", SERVER, str(copy.root)]
         self.server = subprocess.Popen(

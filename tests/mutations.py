@@ -307,6 +307,29 @@ KERNELS = _mutations(
      "return *flash_attention_backward(dout, *ctx.saved_tensors), None", "test_gradients_equal_autograd"),
 )  # fmt: skip
 
+PORTABLE = _mutations(
+    "kernels/rcm_kernels/portable_kernel.py",
+    "tests/test_kernels.py",
+    ("S = tl.where((columns < keys)[None, :], S, float(\"-inf\"))", "pass", "TestJvp::test_within_the_budget"),
+    ("T * shrink[:, None] + back[:, None] * O", "T * shrink[:, None]", "TestJvp::test_a_mean_that_wanders_along_the_keys"),
+    ("r * shrink + back * l_before + tl.sum(H, 1)", "r * shrink + tl.sum(H, 1)", "TestJvp::test_strides_and_scales"),
+    ("        O *= shrink[:, None]\n", "", "TestJvp::test_rising_scores"),
+    ("center = (c * l_before + tl.sum(P * S_dot, 1)) / l", "center = c", "TestJvp::test_sharp_attention"),
+    ("            S_dot *= scale\n", "", "TestJvp::test_within_the_budget"),
+    ("tl.store(lse_dot + at, c + rest", "tl.store(lse_dot + at, rest", "TestJvp::test_lse_dot_is_the_finite_difference_of_lse"),
+) + _mutations(
+    "kernels/rcm_kernels/portable.py",
+    "tests/test_kernels.py",
+    ("V_TANGENT=v_dot is not None", "V_TANGENT=k_dot is not None", "TestJvp::test_within_the_budget"),
+) + _mutations(
+    "kernels/rcm_kernels/backends.py",
+    "tests/test_backends.py",
+    ("        if reason is not None:\n            raise", "        if False:\n            raise",
+     "test_a_backend_asked_for_by_name_never_gives_way"),
+    ("    wanted = _wanted[function]\n    if wanted != AUTO:", "    wanted = AUTO\n    if wanted != AUTO:",
+     "test_a_choice_is_followed_and_taken_back"),
+)  # fmt: skip
+
 DATA = _mutations(
     "rcm_mcore/data/readers.py",
     "tests/test_data.py",
@@ -390,6 +413,7 @@ MUTATIONS = [
     *OPTIM,
     *WAN,
     *KERNELS,
+    *PORTABLE,
     *DATA,
     *INTEROP,
     *PARALLEL,

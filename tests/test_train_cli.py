@@ -86,6 +86,8 @@ BAD = {
     "sp without tp": ("pretrain", ["mesh.sp=true"], ["mesh.sp=true", "mesh.tp=1"]),
     "world size in earnest": ("pretrain", ["--world-size=2"], ["--world-size 2", "--dry-run"]),
     "no ranks": ("pretrain", ["--dry-run", "--world-size=0"], ["--world-size 0", "at least 1"]),
+    "attention elsewhere": ("pretrain", ["attention.forward=hopper"], ["attention.forward=hopper", "Hopper GPU", "blockwise"]),
+    "no such attention": ("pretrain", ["attention.jvp=cudnn"], ["attention.jvp", "cudnn", "hopper"]),
     "checkpoints in a file": ("pretrain", ["checkpoint.dir={}/a_file"], ["checkpoint.dir=", "a_file is a file"]),
     "no teacher": ("distill", ["distill.teacher="], ["distill.teacher"]),
     "teacher missing": ("distill", ["distill.teacher={}/nowhere"], ["distill.teacher=", "nowhere", "no checkpoint"]),

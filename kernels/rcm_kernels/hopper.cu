@@ -259,9 +259,14 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int i = 0; i < BN / 2; i++)
           if (j * BN + i / 4 * 8 + first_column + i % 2 >= keys) S[i] = -INFINITY;
       }
+      // Pairs and fours first, here and in the sums below: a chain through all elements would be a chain of latencies.
       float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-      for (int i = 0; i < BN / 2; i++) highest[ROW(i)] = fmaxf(highest[ROW(i)], S[i]);
+      for (int i = 0; i < BN / 2; i += 8) {
+#pragma unroll
+        for (int h = 0; h < 4; h += 2)
+          highest[h / 2] = fmaxf(highest[h / 2], fmaxf(fmaxf(S[i + h], S[i + h + 1]), fmaxf(S[i + h + 4], S[i + h + 5])));
+      }
       bool rises = TANGENT && (j & (j - 1)) == 0 && (j & 0x11110) == j;  // 0, 16, 256, 4096, 65536
 #pragma unroll
       for (int i = 0; i < 2; i++) rises |= highest[i] * scale_log2 > m[i] + MAX_RISE;
@@ -279,9 +284,11 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       }
       const float l_before[2] = {l[0], l[1]};
 #pragma unroll
-      for (int i = 0; i < BN / 2; i++) {
-        S[i] = power_of_two(S[i] * scale_log2 - m[ROW(i)]);
-        l[ROW(i)] += S[i];
+      for (int i = 0; i < BN / 2; i++) S[i] = power_of_two(S[i] * scale_log2 - m[ROW(i)]);
+#pragma unroll
+      for (int i = 0; i < BN / 2; i += 8) {
+#pragma unroll
+        for (int h = 0; h < 4; h += 2) l[h / 2] += (S[i + h] + S[i + h + 1]) + (S[i + h + 4] + S[i + h + 5]);
       }
       if (!TANGENT) finish_values();
       if (move) {

@@ -146,6 +146,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which implementation of attention runs. `auto` takes the fastest that is here (`rcm_kernels.backends()` shows why)."""
+
+    jvp: Literal["auto", "hopper", "triton", "blockwise"] = "auto"  # forward with tangents
+    forward: Literal["auto", "hopper", "cudnn", "flash_attn_3", "flash_attn_2", "torch_flash", "triton", "blockwise"] = "auto"
+    backward: Literal["auto", "cudnn", "flash_attn_3", "flash_attn_2", "torch_flash", "blockwise"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What the operator sees besides the progress bar and log.jsonl."""
 
@@ -165,6 +174,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rcm_kernels import backends, use_backends
 from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
@@ -50,6 +51,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     Returns facts about the run. Raises ValueError naming the field, its value and what would work.
     """
     parallel_linears(config.model.transformer_impl)
+    attention = choose_attention(config)
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     dp = validate_mesh(config.model, config.mesh, world_size, tokens=tokens)
     train = config.train
@@ -86,11 +88,31 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     return {
         "data_parallel_size": dp,
         "tokens_per_sample": tokens,
+        "attention": ", ".join(f"{function} {name}" for function, name in attention.items()),
         "parameters": parameters,
         "checkpoint_gib": needed / 2**30,
         "free_gib": free / 2**30,
         "first_prompt": sample.prompts[0],
     }
+
+
+def choose_attention(config: Config) -> dict[str, str]:
+    """Make this process use the backends of `config.attention`; returns which those are for each function.
+
+    Raises ValueError if one that is asked for by name cannot run here.
+    """
+    wanted = asdict(config.attention)
+    # The GPU this rank will use, set here already so that no rank leaves a context on another's.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
+    states = backends(getattr(torch, config.model.dtype), config.model.head_dim, device)
+    usable = {f: [name for name, state in names.items() if state in ("used", "available")] for f, names in states.items()}
+    for function, name in wanted.items():
+        if name != "auto" and name not in usable[function]:
+            raise ValueError(
+                f"attention.{function}={name}: here {states[function][name]}; use auto or one of {', '.join(usable[function])}"
+            )
+    use_backends(**wanted)
+    return {function: usable[function][0] if name == "auto" else name for function, name in wanted.items()}
 
 
 def count_parameters(config: Config) -> int:
