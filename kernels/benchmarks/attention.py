@@ -111,9 +111,11 @@ def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     return float("nan") if any(e != e for e in errors) else max(errors)
 
 
-def error_of_jvp(run: Callable[..., tuple[Tensor, ...]], width: int, *, given: str = "qkv", keys: int = 420) -> float:
-    """Of out and out_dot on 300 queries."""
-    small = [normal(n, 2, width) for n in (300, keys, keys, 300, keys, keys)]
+def error_of_jvp(
+    run: Callable[..., tuple[Tensor, ...]], width: int, *, given: str = "qkv", lengths: tuple[int, int] = (300, 420)
+) -> float:
+    """Of out and out_dot, for these numbers of queries and keys."""
+    small = [normal(n, 2, width) for n in (lengths[0], lengths[1], lengths[1]) * 2]
     tangents = [x if name in given else None for name, x in zip("qkv", small[3:])]
     exact = [None if x is None else x.double() for x in (*small[:3], *tangents)]
     got = run(*small[:3], *tangents)
@@ -214,9 +216,9 @@ def main() -> int:
     tangents(bench, COSMOS[-1:] if args.quick else COSMOS, tuple(ours[:1]))
     tangents(bench, [(8192, 12, 128), (8192, 12, 64)], tuple(ours[1:]))
     public = public_jvp()
-    if public is not None:
+    if public is not None:  # it takes equal lengths only
         x = [normal(8192, 12, 128) for _ in range(6)]
-        error, flops = error_of_jvp(public, 128, keys=300), 12 * 12 * 8192**2 * 128
+        error, flops = error_of_jvp(public, 128, lengths=(512, 512)), 12 * 12 * 8192**2 * 128
         what = "with tangents: jvp-flash-attention (PyPI)"
         bench.add(what, partial(public, *x), shape="S 8192 N 12 D 128", flops=flops, error=error)
     cross_attention(bench, (128,) if args.quick else (128, 64))

@@ -9,8 +9,8 @@
 // wgmma_ss_<n> (both operands in shared memory) and wgmma_rs_<n> (the first in registers), n columns wide.
 //
 // Names: O = P V and T = P V_dot + H V are the accumulators, P = exp2(S - m), H = P (S_dot - c); l = rowsum(P), r = rowsum(H).
-// m follows the highest score, lazily: it moves when a score rises more than MAX_RISE (in powers of two) above it, so that O and
-// T are hardly ever rescaled. c follows the mean of S_dot, at the same moments and at tiles 16, 256, ... (docs/adr/0002).
+// m follows the highest score, lazily: it moves when a score rises more than MAX_RISE (in powers of two) above it, so that O
+// and T are hardly ever rescaled. c follows the mean of S_dot, at the same moments and at tiles 16, 256, ... (docs/adr/0002).
 
 static constexpr int BM = 64 * GROUPS;
 static constexpr int HALVES = D / 64;  // a row of a tile in shared memory is 128 bytes: 64 columns
@@ -57,9 +57,10 @@ __device__ __forceinline__ void tma_load(u32 to, const TensorMap& from, u64& bar
 }
 
 __device__ __forceinline__ void tma_store(const TensorMap& to, u32 from, int column, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&to), "r"(from),
-               "r"(column), "r"(row), "r"(head), "r"(batch)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&to), "r"(from),
+      "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
 }
 // Among the 128 threads of a group of consumers.
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
