@@ -293,3 +293,17 @@ def test_a_thread_without_a_context(jvp_of):
     thread.start()
     thread.join()
     assert all(torch.equal(a, b) for a, b in zip(results[0], flash_attention_jvp(*primals, *tangents)))
+
+
+@pytest.mark.gpu2
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_tensors_on_another_gpu_than_the_current_one(backend):
+    use_backends(jvp=backend)
+    try:
+        primals, tangents = draw(130, 140, BF16, 128)
+        want = jvp(primals, tangents)
+        got = jvp([x.to("cuda:1") for x in primals], [x.to("cuda:1") for x in tangents])
+    finally:
+        use_backends(jvp="auto")
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b.to("cuda:0")) and b.device.index == 1 for a, b in zip(want, got))

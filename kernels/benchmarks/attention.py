@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -224,7 +225,7 @@ def main() -> int:
     cross_attention(bench, (128,) if args.quick else (128, 64))
     primal(bench, [(32760, 12, 128)] if args.quick else [(32760, 12, 128), (32760, 12, 64)])
     head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN "
-    head += f"{torch.backends.cudnn.version()}, bfloat16, batch 1; {cold}."
+    head += f"{torch.backends.cudnn.version()}, triton {version('triton')}, bfloat16, batch 1; {cold}."
     text = f"{head}\n\n{bench.table()}\n" + "".join(f"\nFAILED: {line}" for line in bench.failed)
     print(text)
     if args.out:

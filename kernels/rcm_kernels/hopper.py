@@ -62,8 +62,9 @@ def forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     out_dot, lse_dot = (None, None) if q_dot is None else (torch.empty_like(q), torch.empty_like(lse))
     variant = _Variant(q.dtype, width, (q_dot is not None, k_dot is not None, v_dot is not None), k.shape[1] <= SHORT)
-    kernel = _kernel(variant, q.device)
-    kernel.launch((q, k, v, q_dot, k_dot, v_dot), (out, out_dot, lse, lse_dot), scale)
+    with torch.cuda.device(q.device):  # gives the current device back, whatever the driver's calls make current
+        kernel = _kernel(variant, q.device)
+        kernel.launch((q, k, v, q_dot, k_dot, v_dot), (out, out_dot, lse, lse_dot), scale)
     return out, out_dot, lse, lse_dot
 
 
