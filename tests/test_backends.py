@@ -164,3 +164,16 @@ def test_flash_attn_adaptors(monkeypatch, backend, stand_in):
     grads = backend.backward(dout, q, k, v, out, lse, scale=0.3)
     assert_close(grads, exact_gradients(dout, (q, k, v), 0.3), 1e-12)
     vendors._imported.cache_clear()
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    "tangents", [(True, True, True), (True, True, False), (True, False, True), (True, False, False), (False,) * 3]
+)
+@pytest.mark.parametrize("width", hopper.WIDTHS)
+def test_every_variant_of_the_hopper_kernel_fits(width, tangents, short):
+    variant = hopper._Variant(torch.bfloat16, width, tangents, short)
+    stages, buffers, memory = variant.shared_memory()
+    assert stages >= 2 and buffers >= 1 and memory < hopper.SHARED_MEMORY
+    source = variant.source()
+    assert f"#define BN {variant.tile[0]}\n" in source and f"wgmma_ss_{variant.tile[0]}(" in source

@@ -35,6 +35,14 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def empty_results(q: Tensor, *, with_tangent: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Uninitialized out, out_dot [B, Sq, N, D], strides ordered as q's, and lse, lse_dot [B, N, Sq]."""
+    batch, queries, heads, _ = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, queries, dtype=accumulation_dtype(q), device=q.device)
+    return (out, torch.empty_like(q), lse, torch.empty_like(lse)) if with_tangent else (out, None, lse, None)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -49,11 +57,8 @@ def forward(
     arguments to be valid.
     """
     q_dot, k_dot, v_dot = tangents
-    batch, queries, heads, _ = q.shape
     rows, keys = _tile_size(q, k)
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, queries, dtype=accumulation_dtype(q), device=q.device)
-    out_dot, lse_dot = (None, None) if q_dot is None else (torch.empty_like(q), torch.empty_like(lse))
+    out, out_dot, lse, lse_dot = empty_results(q, with_tangent=q_dot is not None)
     kv_tiles = list(zip(*(_tiles(x, keys) for x in (k, v, k_dot, v_dot))))
     results = zip(
         _head_views(out, rows),

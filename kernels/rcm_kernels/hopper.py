@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcm_kernels.blockwise import empty_results
+
 WIDTHS = (64, 128)
 # (head width, with tangents) -> keys in a tile and warpgroups of 64 queries, for long and for short sets of keys;
 # docs/benchmarks/attention_h200_202611.md compares.
@@ -57,15 +59,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """As `blockwise.forward`, for tensors that are not `unfit`."""
     q_dot, k_dot, v_dot = tangents
-    batch, queries, heads, width = q.shape
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    out_dot, lse_dot = (None, None) if q_dot is None else (torch.empty_like(q), torch.empty_like(lse))
-    variant = _Variant(q.dtype, width, (q_dot is not None, k_dot is not None, v_dot is not None), k.shape[1] <= SHORT)
+    results = empty_results(q, with_tangent=q_dot is not None)
+    variant = _Variant(q.dtype, q.shape[3], (q_dot is not None, k_dot is not None, v_dot is not None), k.shape[1] <= SHORT)
     with torch.cuda.device(q.device):  # gives the current device back, whatever the driver's calls make current
         kernel = _kernel(variant, q.device)
-        kernel.launch((q, k, v, q_dot, k_dot, v_dot), (out, out_dot, lse, lse_dot), scale)
-    return out, out_dot, lse, lse_dot
+        kernel.launch((q, k, v, q_dot, k_dot, v_dot), results, scale)
+    return results
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcm_kernels.blockwise import empty_results
+
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_WIDTH = 256
 MAX_PROGRAMS = 2**31 - 1
@@ -56,9 +58,7 @@ def forward(
 
     q_dot, k_dot, v_dot = tangents
     batch, queries, heads, width = q.shape
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    out_dot, lse_dot = (None, None) if q_dot is None else (torch.empty_like(q), torch.empty_like(lse))
+    out, out_dot, lse, lse_dot = results = empty_results(q, with_tangent=q_dot is not None)
     tile_queries, tile_keys, warps, stages = _tile(q)
     programs = -(-queries // tile_queries) * batch * heads
     assert programs <= MAX_PROGRAMS, f"{programs} tiles of queries; a grid holds {MAX_PROGRAMS}"
@@ -85,7 +85,7 @@ def forward(
             num_warps=warps,
             num_stages=stages,
         )
-    return out, out_dot, lse, lse_dot
+    return results
 
 
 def _tile(q: Tensor) -> tuple[int, int, int, int]:
