@@ -48,10 +48,10 @@ def exact_gradients(dout, primals, scale=None):
     return torch.autograd.grad(sdpa(*leaves, scale=scale), leaves, dout.double())
 
 
-def plain_gradients(dout, primals):
+def plain_gradients(dout, primals, scale=None):
     """dq, dk, dv by autograd of the definition in the inputs' own dtype."""
     leaves = [x.detach().requires_grad_() for x in primals]
-    return torch.autograd.grad(reference.attention(*leaves)[0], leaves, dout)
+    return torch.autograd.grad(reference.attention(*leaves, scale=scale)[0], leaves, dout)
 
 
 def assert_close(got, want, tol):

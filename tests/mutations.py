@@ -330,6 +330,16 @@ PORTABLE = _mutations(
      "test_a_choice_is_followed_and_taken_back"),
 )  # fmt: skip
 
+RING = _mutations(
+    "rcm_mcore/parallel/ring.py",
+    "tests/test_ring.py",
+    ("share * (1 - share) * (b.lse_dot - a.lse_dot)", "torch.zeros_like(share)", "test_equals_one_rank[2-24-out_dot]"),
+    ("torch.lerp(a.lse_dot, b.lse_dot, share)", "a.lse_dot", "test_equals_one_rank[2-24-lse_dot]"),
+    ("block[:, :, :count]\n", "block\n", "test_equals_one_rank[2-21-out]"),
+    ("d_block[0, :, :count] += parts[1]", "d_block[0, :, :count] = parts[1]", "test_equals_one_rank[2-24-dk]"),
+    ("yield (rank - step) % size, block", "yield (rank + step) % size, block", "test_equals_one_rank[4-21-out]"),
+)  # fmt: skip
+
 DATA = _mutations(
     "rcm_mcore/data/readers.py",
     "tests/test_data.py",
@@ -414,6 +424,7 @@ MUTATIONS = [
     *WAN,
     *KERNELS,
     *PORTABLE,
+    *RING,
     *DATA,
     *INTEROP,
     *PARALLEL,

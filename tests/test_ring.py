@@ -1,0 +1,36 @@
+"""Attention round a ring of ranks, for duals and for tensors with their gradients (the ranks run ranks_ring.py)."""
+
+import pytest
+from launch import run_ranks
+from ranks_ring import LENGTHS
+
+from rcm_mcore.parallel.ring import tokens_of_rank
+
+NAMES = ("out", "out_dot", "lse", "lse_dot", "forward", "forward lse", "dq", "dk", "dv", "gradient of padding", "dtypes")
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def results(request, tmp_path_factory):
+    return run_ranks(request.param, "ranks_ring.py", tmp_path_factory.mktemp("ring"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_equals_one_rank(results, tokens, name):
+    assert results[f"{tokens} torch.float64"]["ring"][name] <= 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_bfloat16_is_within_the_budget(results, tokens, name):
+    """At most twice the error of plain PyTorch on one rank, although every block's share is rounded once more."""
+    errors = results[f"{tokens} torch.bfloat16"]
+    assert errors["ring"][name] <= 2 * errors["plain"].get(name, 0) + 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31200, 32760, 75600, 84480])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
+def test_blocks_hold_every_token_once(tokens, size):
+    counts = [tokens_of_rank(tokens, rank, size) for rank in range(size)]
+    assert sum(counts) == tokens and counts == sorted(counts, reverse=True)
+    assert all(count == counts[0] for count in counts[: tokens // counts[0]])
