@@ -1,7 +1,7 @@
 """Time attention on one GPU beside a matmul and others' attention: `python kernels/benchmarks/attention.py [--out DIR]`.
 
 Prints Markdown tables and writes them to DIR/attention.md with the figures in DIR/attention.json. Every row is preceded by a
-check against float64 on a few hundred tokens of the same dtype and width; a row that fails it is not timed, and the exit
+check against float64 on a few hundred tokens of the same width; a row that fails it is not timed, and the exit
 status is 1. A time is the median of several, between CUDA events, after a warm-up; TFLOP/s count 4 B N Sq Skv D for a forward,
 10 for a backward and 12 with tangents (8 with that of q alone). The share is that of an 8192^3 matmul timed right before.
 """
@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 WAN = [(8192, 5, 128), (8192, 12, 128), (16384, 12, 128), (32760, 5, 128), (32760, 12, 128), (32760, 40, 128), (75600, 12, 128)]
 COSMOS = [(8192, 16, 128), (8192, 32, 64), (32760, 12, 64)]
 TEXT = 512  # keys of the cross-attention to text
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative, in the 2-norm: about 2 to 4 roundings
+TOLERANCE = 8e-3  # of bfloat16, relative, in the 2-norm: about two roundings
 
 
 def seconds(run: Callable[[], object], repeats: int = 5, inner: int = 1) -> float:
@@ -82,7 +82,7 @@ class Bench:
 
     def add(self, what: str, run: Callable[[], object], *, shape: str, flops: float, error: float, inner: int = 1) -> None:
         """Time `run` unless its error is too large."""
-        if not error <= TOLERANCE[torch.bfloat16]:
+        if not error <= TOLERANCE:
             self.failed.append(f"{what}, {shape}: error {error:.1e}")
             return
         matmul = matmul_rate()
