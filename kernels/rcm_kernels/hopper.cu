@@ -18,7 +18,9 @@ static constexpr int Q_HALF = BM * 128, Q_BYTES = HALVES * Q_HALF;
 static constexpr int KV_HALF = BN * 128, KV_BYTES = HALVES * KV_HALF;
 static constexpr int K_BYTES = KV_BYTES * (1 + K_TANGENT), V_BYTES = KV_BYTES * (1 + V_TANGENT);
 static constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
-static constexpr int RESULT_BYTES = HALVES * 64 * 128;  // of one group
+// With two buffers for queries, results leave through the one whose queries are done with.
+static constexpr int QUERY_BYTES = (1 + TANGENT) * Q_BYTES;
+static constexpr int RESULT_HALF = QUERY_BUFFERS == 2 ? Q_HALF : 64 * 128, RESULT_BYTES = HALVES * RESULT_HALF;  // of one group
 static constexpr int CONSUMER_WARPS = 4 * GROUPS;
 
 struct alignas(64) TensorMap {
@@ -26,7 +28,7 @@ struct alignas(64) TensorMap {
 };
 
 struct Barriers {
-  u64 q_full[GROUPS], q_empty[GROUPS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  u64 q_full[GROUPS][QUERY_BUFFERS], q_empty[GROUPS][QUERY_BUFFERS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -116,12 +118,17 @@ __device__ __forceinline__ void multiply_keys(float (&s)[BN / 2], u64 a, u64 b, 
     WGMMA_SS(s, a + k / 4 * (Q_HALF >> 4) + within, b + k / 4 * (KV_HALF >> 4) + within, add || k > 0);
   }
 }
-// acc += p v for 64 rows of probabilities and BN values.
-__device__ __forceinline__ void multiply_values(float (&acc)[D / 2], u32 (&p)[BN / 4], u64 v) {
+// acc = p v, or acc += p v, for 64 rows of probabilities and BN values.
+__device__ __forceinline__ void multiply_values(float (&acc)[D / 2], u32 (&p)[BN / 4], u64 v, bool add) {
 #pragma unroll
   for (int k = 0; k < BN / 16; k++)
-    WGMMA_RS(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], v + k * (16 * 128 >> 4), true);
+    WGMMA_RS(acc, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], v + k * (16 * 128 >> 4), add || k > 0);
 }
+
+template <bool x>
+struct Constant {
+  static constexpr bool value = x;
+};
 
 // What a persistent block works on.
 struct Work {
@@ -142,13 +149,13 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
               int keys, int heads, int works, float scale) {
   extern __shared__ char memory[];
   __shared__ Barriers bars;
-  const u32 q_at = (shared_address(memory) + 1023) & ~1023u, kv_at = q_at + (1 + TANGENT) * Q_BYTES;
+  const u32 q_at = (shared_address(memory) + 1023) & ~1023u, kv_at = q_at + QUERY_BUFFERS * QUERY_BYTES;
   const u32 results_at = kv_at + STAGES * STAGE_BYTES;
   const int q_tiles = (queries + BM - 1) / BM, kv_tiles = (keys + BN - 1) / BN;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < GROUPS; i++) {
-      barrier_init(bars.q_full[i], 1);
-      barrier_init(bars.q_empty[i], 4);
+    for (int i = 0; i < GROUPS * QUERY_BUFFERS; i++) {
+      barrier_init(bars.q_full[0][i], 1);
+      barrier_init(bars.q_empty[0][i], QUERY_BUFFERS == 2 ? 1 : 4);
     }
     for (int i = 0; i < STAGES; i++) {
       barrier_init(bars.k_full[i], 1);
@@ -171,14 +178,15 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       const Work work(index, q_tiles, heads);
       if (group >= 0) {
         const int row = work.tile * BM + group * 64;
-        barrier_wait(bars.q_empty[group], phase ^ 1);
-        barrier_expect(bars.q_full[group], Q_BYTES / GROUPS * (1 + TANGENT));
+        u64& full = bars.q_full[group][stage];
+        barrier_wait(bars.q_empty[group][stage], phase ^ 1);
+        barrier_expect(full, QUERY_BYTES / GROUPS);
         for (int h = 0; h < HALVES; h++) {
-          const u32 at = q_at + h * Q_HALF + group * 64 * 128;
-          tma_load(at, q, bars.q_full[group], h * 64, row, work.head, work.batch);
-          if (TANGENT) tma_load(at + Q_BYTES, q_dot, bars.q_full[group], h * 64, row, work.head, work.batch);
+          const u32 at = q_at + stage * QUERY_BYTES + h * Q_HALF + group * 64 * 128;
+          tma_load(at, q, full, h * 64, row, work.head, work.batch);
+          if (TANGENT) tma_load(at + Q_BYTES, q_dot, full, h * 64, row, work.head, work.batch);
         }
-        phase ^= 1;
+        if (++stage == QUERY_BUFFERS) stage = 0, phase ^= 1;
         continue;
       }
 #pragma unroll 1  // the producers have few registers
@@ -209,38 +217,43 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
   const int row_of_warp = threadIdx.x / 32 % 4 * 16, row_in_group = row_of_warp + lane / 4, first_column = lane % 4 * 2;
   const bool leader = threadIdx.x % 128 == 0;
   const float scale_log2 = scale * 1.4426950408889634f;
-  const u64 q_rows = operand(q_at + group * 64 * 128, 0), q_dot_rows = q_rows + (Q_BYTES >> 4);
-  int stage = 0;
+  int stage = 0, q_buffer = 0;
   u32 phase = 0, q_phase = 0;
-  for (int index = blockIdx.x; index < works; index += gridDim.x, q_phase ^= 1) {
+  float S[BN / 2], S_dot[BN / 2];
+  // Begins S of a tile, and as another group of wgmma S_dot.
+  auto begin_scores = [&](bool loaded) {
+    const u64 k_rows = operand(kv_at + stage * STAGE_BYTES, 0);
+    const u64 q_rows = operand(q_at + q_buffer * QUERY_BYTES + group * 64 * 128, 0), q_dot_rows = q_rows + (Q_BYTES >> 4);
+    if (!loaded) barrier_wait(bars.k_full[stage], phase);
+    pin(S);
+    if (TANGENT) pin(S_dot);
+    wgmma_fence();
+    multiply_keys(S, q_rows, k_rows, false);
+    wgmma_commit();
+    if (TANGENT) {
+      multiply_keys(S_dot, q_dot_rows, k_rows, false);
+      if (K_TANGENT) multiply_keys(S_dot, q_rows, k_rows + (KV_BYTES >> 4), true);
+      wgmma_commit();
+    }
+  };
+  if (QUERY_BUFFERS == 2) {
+    barrier_wait(bars.q_full[group][0], 0);
+    begin_scores(false);
+    wgmma_wait<0>();
+  }
+  for (int index = blockIdx.x; index < works; index += gridDim.x) {
     float O[D / 2] = {}, T[D / 2] = {}, l[2] = {}, r[2] = {}, c[2] = {}, m[2] = {-INFINITY, -INFINITY};
-    float S[BN / 2], S_dot[BN / 2];
     u32 P[BN / 4];
 
-    // Begins S of a tile, and as another group of wgmma S_dot.
-    auto begin_scores = [&]() {
-      const u64 k_rows = operand(kv_at + stage * STAGE_BYTES, 0);
-      barrier_wait(bars.k_full[stage], phase);
-      pin(S);
-      if (TANGENT) pin(S_dot);
-      wgmma_fence();
-      multiply_keys(S, q_rows, k_rows, false);
-      wgmma_commit();
-      if (TANGENT) {
-        multiply_keys(S_dot, q_dot_rows, k_rows, false);
-        if (K_TANGENT) multiply_keys(S_dot, q_rows, k_rows + (KV_BYTES >> 4), true);
-        wgmma_commit();
-      }
-    };
-    // Begins O += P V and T += P V_dot.
-    auto begin_values = [&](int from, u32 parity) {
+    // Begins O = P V and T = P V_dot, or adds to them.
+    auto begin_values = [&](int from, u32 parity, bool add) {
       const u64 v_rows = operand(kv_at + from * STAGE_BYTES + K_BYTES, KV_HALF);
       barrier_wait(bars.v_full[from], parity);
       pin(O);
       if (TANGENT) pin(T);
       wgmma_fence();
-      multiply_values(O, P, v_rows);
-      if (V_TANGENT) multiply_values(T, P, v_rows + (KV_BYTES >> 4));
+      multiply_values(O, P, v_rows, add);
+      if (V_TANGENT) multiply_values(T, P, v_rows + (KV_BYTES >> 4), add);
       wgmma_commit();
     };
     auto finish_values = [&]() {
@@ -251,8 +264,15 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     auto release = [&](u64& barrier) {
       if (lane == 0) barrier_arrive(barrier);
     };
+    // The sum over this thread's columns of P S_dot.
+    auto sum_of_tangents = [&](float(&sum)[2]) {
+#pragma unroll
+      for (int i = 0; i < BN / 2; i++) sum[ROW(i)] += S[i] * (S_dot[i] * scale);
+    };
     // Turns S of tile j into P, taking care of m, l, c and what hangs on them. Waits for S; when m or c moves, for all else.
-    auto probabilities = [&](int j) {
+    // In the first tile nothing hangs on them yet, and c is for the caller.
+    auto probabilities = [&](auto first, int j) {
+      constexpr bool FIRST = decltype(first)::value;
       wgmma_wait<1>();  // what began after S: S_dot, or without tangents the values of the tile before
       pin(S);
       if (j == kv_tiles - 1 && keys % BN) {
@@ -268,10 +288,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int h = 0; h < 4; h += 2)
           highest[h / 2] = fmaxf(highest[h / 2], fmaxf(fmaxf(S[i + h], S[i + h + 1]), fmaxf(S[i + h + 4], S[i + h + 5])));
       }
-      bool rises = TANGENT && (j & (j - 1)) == 0 && (j & 0x11110) == j;  // 0, 16, 256, 4096, 65536
+      bool rises = TANGENT && (j & (j - 1)) == 0 && (j & 0x11110) == j;  // 16, 256, 4096, 65536
 #pragma unroll
       for (int i = 0; i < 2; i++) rises |= highest[i] * scale_log2 > m[i] + MAX_RISE;
-      const bool move = __any_sync(~0u, rises);
+      const bool move = FIRST || __any_sync(~0u, rises);
       float shrink[2] = {1, 1};
       if (move) {
 #pragma unroll
@@ -292,14 +312,13 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int h = 0; h < 4; h += 2) l[h / 2] += (S[i + h] + S[i + h + 1]) + (S[i + h + 4] + S[i + h + 5]);
       }
       if (!TANGENT) finish_values();
-      if (move) {
+      if (!FIRST && move) {
         float back[2] = {};
         if (TANGENT) {
           wgmma_wait<0>();
           pin(S_dot);
           float sum[2] = {};
-#pragma unroll
-          for (int i = 0; i < BN / 2; i++) sum[ROW(i)] += S[i] * (S_dot[i] * scale);
+          sum_of_tangents(sum);
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             const float to = (row_sum(sum[i] + r[i]) + c[i] * row_sum(l_before[i])) / row_sum(l[i]);
@@ -317,57 +336,84 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #pragma unroll
       for (int i = 0; i < BN / 2; i += 2) P[i / 2] = pack(S[i], S[i + 1]);
     };
-
-    barrier_wait(bars.q_full[group], q_phase);
-    if (TANGENT) {
-      // The accumulators leave no registers for the scores of two tiles. While H is computed, P V and P V_dot go on.
-#pragma unroll 1
-      for (int j = 0; j < kv_tiles; j++) {
-        begin_scores();
-        probabilities(j);
-        begin_values(stage, phase);
-        wgmma_wait<1>();  // for S_dot
-        pin(S_dot);
-        release(bars.k_empty[stage]);
-        if (j == kv_tiles - 1) release(bars.q_empty[group]);
-        u32 H[BN / 4];
+    // With tangents, from when scores have begun. The accumulators leave no registers for the scores of two tiles. While H is
+    // computed, P V and P V_dot go on.
+    auto tile = [&](auto first, int j) {
+      constexpr bool FIRST = decltype(first)::value;
+      probabilities(first, j);
+      begin_values(stage, phase, !FIRST);
+      wgmma_wait<1>();  // for S_dot
+      pin(S_dot);
+      release(bars.k_empty[stage]);
+      if (QUERY_BUFFERS == 1 && j == kv_tiles - 1) release(bars.q_empty[group][0]);
+      if (FIRST) {
+        sum_of_tangents(c);
 #pragma unroll
-        for (int i = 0; i < BN / 2; i += 2) {
-          const float first = S[i] * (S_dot[i] * scale - c[ROW(i)]), second = S[i + 1] * (S_dot[i + 1] * scale - c[ROW(i)]);
-          r[ROW(i)] += first + second;
-          H[i / 2] = pack(first, second);
-        }
-        wgmma_fence();
-        multiply_values(T, H, operand(kv_at + stage * STAGE_BYTES + K_BYTES, KV_HALF));
-        wgmma_commit();
-        finish_values();
-        release(bars.v_empty[stage]);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        for (int i = 0; i < 2; i++) c[i] = row_sum(c[i]) / row_sum(l[i]);
+      }
+      u32 H[BN / 4];
+#pragma unroll
+      for (int i = 0; i < BN / 2; i += 2) {
+        const float a = S[i] * (S_dot[i] * scale - c[ROW(i)]), b = S[i + 1] * (S_dot[i + 1] * scale - c[ROW(i)]);
+        r[ROW(i)] += a + b;
+        H[i / 2] = pack(a, b);
+      }
+      wgmma_fence();
+      multiply_values(T, H, operand(kv_at + stage * STAGE_BYTES + K_BYTES, KV_HALF), !FIRST || V_TANGENT);
+      wgmma_commit();
+      finish_values();
+      release(bars.v_empty[stage]);
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    };
+
+    if (QUERY_BUFFERS == 1) {
+      barrier_wait(bars.q_full[group][0], q_phase);
+      begin_scores(false);
+    }
+    if (TANGENT) {
+      tile(Constant<true>(), 0);
+      if (QUERY_BUFFERS == 2 && leader && index != blockIdx.x) {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        barrier_arrive(bars.q_empty[group][q_buffer ^ 1]);
+      }
+#pragma unroll 1
+      for (int j = 1; j < kv_tiles; j++) {
+        begin_scores(false);
+        tile(Constant<false>(), j);
       }
     } else {
       // The scores of tile j are computed, and turned into P, while P V of tile j - 1 goes on.
-      begin_scores();
       wgmma_commit();  // an empty group, where the values of the tile before would be
-      probabilities(0);
+      probabilities(Constant<true>(), 0);
 #pragma unroll 1
       for (int j = 1; j < kv_tiles; j++) {
         const int before = stage;
         const u32 v_phase = phase;
         release(bars.k_empty[stage]);
         if (++stage == STAGES) stage = 0, phase ^= 1;
-        begin_scores();
-        begin_values(before, v_phase);
-        probabilities(j);
+        begin_scores(false);
+        begin_values(before, v_phase, true);
+        probabilities(Constant<false>(), j);
         release(bars.v_empty[before]);
       }
       release(bars.k_empty[stage]);
-      release(bars.q_empty[group]);
-      begin_values(stage, phase);
+      release(bars.q_empty[group][0]);
+      begin_values(stage, phase, true);
       finish_values();
       release(bars.v_empty[stage]);
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 
+    // The scores of the next tile of queries are computed while this one's results leave. After the last, of what is there.
+    const u32 done_at = q_at + q_buffer * QUERY_BYTES + group * 64 * 128;
+    if (++q_buffer == QUERY_BUFFERS) q_buffer = 0, q_phase ^= 1;
+    if (QUERY_BUFFERS == 2) {
+      if (index + gridDim.x < works) {
+        barrier_wait(bars.q_full[group][q_buffer], q_phase);
+        barrier_wait(bars.k_full[stage], phase);
+      }
+      begin_scores(true);
+    }
     const Work work(index, q_tiles, heads);
     const int first_of_group = work.tile * BM + group * 64;
     float inverse[2], rest[2];
@@ -390,14 +436,14 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     }
     // Through shared memory, from where TMA stores them while the next tile begins.
     auto store = [&](float(&x)[D / 2], const TensorMap& to, int buffer) {
-      const u32 from = results_at + (buffer * GROUPS + group) * RESULT_BYTES;
-      if (BUFFERS == 1 || buffer == 0) {
+      const u32 from = QUERY_BUFFERS == 2 ? done_at + buffer * Q_BYTES : results_at + (buffer * GROUPS + group) * RESULT_BYTES;
+      if (QUERY_BUFFERS == 1 && (BUFFERS == 1 || buffer == 0)) {
         if (leader) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the buffer is free
         group_sync(group);
       }
 #pragma unroll
       for (int i = 0; i < D / 16; i++) {  // 16 columns of 16 rows a warp; every lane gives the address of 8 of them
-        const u32 row = from + i / 4 * (64 * 128) + row_of_warp * 128 + lane % 16 * 128;
+        const u32 row = from + i / 4 * RESULT_HALF + row_of_warp * 128 + lane % 16 * 128;
         const u32 chunk = (i % 4 * 2 + lane / 16) ^ (lane % 8);  // of 16 bytes, swizzled
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row + chunk * 16),
                      "r"(pack(x[8 * i], x[8 * i + 1])), "r"(pack(x[8 * i + 2], x[8 * i + 3])),
@@ -408,12 +454,13 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       group_sync(group);
       if (leader) {
         for (int h = 0; h < HALVES; h++)
-          tma_store(to, from + h * (64 * 128), h * 64, first_of_group, work.head, work.batch);
+          tma_store(to, from + h * RESULT_HALF, h * 64, first_of_group, work.head, work.batch);
         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       }
     };
     store(O, out, 0);
     if (TANGENT) store(T, out_dot, BUFFERS - 1);
+    if (QUERY_BUFFERS == 2) wgmma_wait<0>();
   }
   if (leader) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

@@ -81,6 +81,11 @@ class _Variant:
         """Keys in a tile, and warpgroups of 64 queries."""
         return TILES[self.width, self.tangents[0]][self.short]
 
+    @property
+    def query_buffers(self) -> int:
+        """Two, through which results leave too, where keys and values have no tangents and so leave room."""
+        return 2 if self.tangents == (True, False, False) else 1
+
     def shared_memory(self) -> tuple[int, int, int]:
         """Stages of the ring of tiles, buffers for a tile's results, and the bytes of dynamic shared memory all takes."""
         keys, groups = self.tile
@@ -88,7 +93,8 @@ class _Variant:
         stage = keys * row * (2 + of_k + of_v)
         alignment = static = 1024  # the latter for barriers
         for buffers in (1 + of_q, 1):
-            fixed = alignment + 64 * groups * row * (1 + of_q + buffers)
+            apart = buffers if self.query_buffers == 1 else 0
+            fixed = alignment + 64 * groups * row * ((1 + of_q) * self.query_buffers + apart)
             stages = min(MAX_STAGES, (SHARED_MEMORY - static - fixed) // stage)
             if stages >= 3:
                 break
@@ -102,6 +108,7 @@ class _Variant:
         stages, buffers, _ = self.shared_memory()
         kind = "bf16" if self.dtype == torch.bfloat16 else "f16"
         constants = {"D": self.width, "BN": keys, "GROUPS": groups, "STAGES": stages, "BUFFERS": buffers}
+        constants["QUERY_BUFFERS"] = self.query_buffers
         constants |= {"TANGENT": of_q, "K_TANGENT": of_k, "V_TANGENT": of_v, "BF16": int(kind == "bf16")}
         names = {"WGMMA_SS": f"wgmma_ss_{keys}", "WGMMA_RS": f"wgmma_rs_{self.width}"}
         names |= {"MAX_RISE": f"{MAX_RISE[self.dtype]}.0f", "INFINITY": "__int_as_float(0x7f800000)"}
@@ -195,7 +202,7 @@ def _compile(source: str) -> bytes:
     from cuda.bindings import nvrtc
 
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"hopper.cu", 0, [], []))
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"-default-device"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(status):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
