@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from rcm_mcore.config import MeshConfig, ModelConfig, parse_model, tokens_per_sample, validate_mesh
+from rcm_mcore.config import MeshConfig, ModelConfig, parse_model, resolve_mesh, tokens_per_sample, validate_mesh
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,9 @@ class SampleRequest:
     batch_size: int = 1
     tp: int = 1
     sp: bool = False
+    cp: int = 1
+    cp_mode: Literal["auto", "ring", "all_to_all", "two_level"] = "auto"
+    cp_inner: int | None = None
     dtype: str | None = None
 
 
@@ -58,7 +61,7 @@ def check(request: SampleRequest, world_size: int) -> ModelConfig:
     section = model_of(request.checkpoint)
     model = parse_model(section | ({"dtype": request.dtype} if request.dtype else {}))
     tokens = tokens_per_sample(model, request.latent_shape)
-    validate_mesh(model, MeshConfig(tp=request.tp, sp=request.sp), world_size, tokens=tokens)
+    validate_mesh(model, _mesh_of(request), world_size, tokens=tokens)
     if request.sampler == "few_step":
         few_step_times(request.steps, sigma_max=request.sigma_max, mid_times=request.mid_times)
         if request.guidance != 1.0:
@@ -70,6 +73,10 @@ def check(request: SampleRequest, world_size: int) -> ModelConfig:
     if request.batch_size < 1:
         raise ValueError(f"--batch-size {request.batch_size}: must be at least 1")
     return model
+
+
+def _mesh_of(request: SampleRequest) -> MeshConfig:
+    return MeshConfig(tp=request.tp, sp=request.sp, cp=request.cp, cp_mode=request.cp_mode, cp_inner=request.cp_inner)
 
 
 def sample(request: SampleRequest) -> SampleResult:
@@ -86,7 +93,8 @@ def sample(request: SampleRequest) -> SampleResult:
     from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 
     model = check(request, int(os.environ.get("WORLD_SIZE", "1")))
-    mesh = make_mesh(MeshConfig(tp=request.tp, sp=request.sp))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mesh = make_mesh(resolve_mesh(model, _mesh_of(request), ranks_per_node=ranks_per_node)[0])
     net = build_wan(model, mesh.config, mesh.groups, trainable=False)
     which: Any = request.which
     load_network(net, request.checkpoint, which=which, dp_cp_group=mesh.groups.dp_cp)
@@ -180,6 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=1)
     add("--tp", type=int, default=1, help="tensor-parallel size; other ranks share the prompts")
     add("--sp", action="store_true", help="sequence parallelism over the tensor-parallel ranks")
+    add("--cp", type=int, default=1, help="context-parallel size: the tokens of a video are split over so many ranks")
+    add("--cp-mode", choices=("auto", "ring", "all_to_all", "two_level"), default="auto", help="as mesh.cp_mode of a run")
+    add("--cp-inner", type=int, help="as mesh.cp_inner of a run")
     add("--dtype", choices=("bfloat16", "float32", "float64"), help="of the network; default as in the checkpoint")
     return parser
 

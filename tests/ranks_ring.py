@@ -32,11 +32,12 @@ def over_ranks(squares):
 
 def case(tokens, dtype):
     """Errors of the ring, and of plain PyTorch on one rank, in this dtype against float64."""
-    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD if size > 1 else None
     q, k, v, q_dot, k_dot, v_dot, dout = (x.to(dtype) for x in draw(tokens, 7, seed=5))
     primals, tangents = (q, k, v), (q_dot, k_dot, v_dot)
     on_rank = lambda xs: tuple(shard(x, rank, size) for x in xs)
-    count = tokens_of_rank(tokens, rank, size)
+    count = tokens_of_rank(tokens, rank, -(-tokens // size))
 
     results = ring_attention_jvp(on_rank(primals), on_rank(tangents), tokens=tokens, group=group, scale=0.4)
     leaves = [x.requires_grad_() for x in on_rank(primals)]

@@ -2,25 +2,44 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from oracle import inputs, small_model
 
-from rcm_mcore.config import MeshConfig
+from rcm_mcore.config import MeshConfig, resolve_mesh
 from rcm_mcore.dual import Dual
 from rcm_mcore.models.common.parameters import load_full, local_shard
 from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 
-MESHES = {1: [MeshConfig()], 2: [MeshConfig(tp=2), MeshConfig(tp=2, sp=True)], 4: [MeshConfig(tp=4), MeshConfig(tp=4, sp=True)]}
+MESHES = {
+    2: {
+        "tp2": MeshConfig(tp=2),
+        "tp2-sp": MeshConfig(tp=2, sp=True),
+        "cp2-ring": MeshConfig(cp=2, cp_mode="ring"),
+        "cp2-all_to_all": MeshConfig(cp=2, cp_mode="all_to_all"),
+    },
+    4: {
+        "tp4": MeshConfig(tp=4),
+        "tp4-sp": MeshConfig(tp=4, sp=True),
+        "cp4-ring": MeshConfig(cp=4, cp_mode="ring"),
+        "cp4-all_to_all": MeshConfig(cp=4, cp_mode="all_to_all"),
+        "cp4-two_level": MeshConfig(cp=4, cp_mode="two_level"),
+        "tp2-cp2-ring": MeshConfig(tp=2, cp=2, cp_mode="ring"),
+        "tp2-sp-cp2-all_to_all": MeshConfig(tp=2, sp=True, cp=2, cp_mode="all_to_all"),
+        "tp2-sp-cp2-ring": MeshConfig(tp=2, sp=True, cp=2, cp_mode="ring"),
+    },
+}
+GRIDS = {"72": (3, 8, 12), "45": (3, 6, 10)}  # tokens: every mesh divides them, none does
 MODES = ("none", "full", "one_pass")
 
 
-def run(net, mode):
+def run(net, mode, grid):
     """Output, tangent and the gradients of a weighted sum of the output, as the trainer would have them."""
-    x, x_dot, s, s_dot, text = inputs(net.model)
+    x, x_dot, s, s_dot, text = inputs(net.model, grid=grid)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
     net.zero_grad()
     net.blocks.recompute = "full" if mode == "full" else "none"
@@ -32,6 +51,7 @@ def run(net, mode):
     for p in net.parameters():
         if getattr(p, "sequence_parallel", False):
             dist.all_reduce(p.grad, group=net.tp_group)
+        dist.all_reduce(p.grad, group=net.cp_group)
     return out.primal.detach(), out.tangent, {name: p.grad.clone() for name, p in net.named_parameters()}
 
 
@@ -45,21 +65,23 @@ def main(folder):
     reference = torch.load(folder / "reference.pt")
     destroy_mesh()
     results = {}
-    for config in MESHES[dist.get_world_size()]:
+    for name, config in MESHES[dist.get_world_size()].items():
+        model = small_model()
+        config, _ = resolve_mesh(model, config, ranks_per_node=4)
         mesh = make_mesh(config)
-        net = build_wan(small_model(), config, mesh.groups)
+        net = build_wan(model, config, mesh.groups)
         load_full(net, weights, mesh.tp_group)
-        for mode in MODES:
-            out, tangent, grads = run(net, mode)
-            params = dict(net.named_parameters())
+        for mode, tokens in product(MODES, GRIDS):
+            out, tangent, grads = run(net, mode, GRIDS[tokens])
+            params, one = dict(net.named_parameters()), reference[tokens]
             errors = {
-                "out": relative(out, reference["out"]),
-                "tangent": relative(tangent, reference["tangent"]),
-                **{n: relative(g, local_shard(reference["grads"][n], params[n], mesh.tp_group)) for n, g in grads.items()},
+                "out": relative(out, one["out"]),
+                "tangent": relative(tangent, one["tangent"]),
+                **{n: relative(g, local_shard(one["grads"][n], params[n], mesh.tp_group)) for n, g in grads.items()},
             }
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, errors)
-            results[f"tp{config.tp}{'-sp' if config.sp else ''}-{mode}"] = {n: max(e[n] for e in everyone) for n in errors}
+            results[f"{name} {tokens} {mode}"] = {n: max(e[n] for e in everyone) for n in errors}
         destroy_mesh()
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))

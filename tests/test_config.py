@@ -1,5 +1,6 @@
 """Configuration: what is accepted, and what an error says about what is not."""
 
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from rcm_mcore.config import (
     ModelConfig,
     load_config,
     parse_config,
+    resolve_mesh,
     to_yaml,
     tokens_per_sample,
     validate_mesh,
@@ -142,17 +144,67 @@ WAN_1_3B = ModelConfig(size="1.3B", num_layers=30, hidden_size=1536, num_attenti
         (MeshConfig(tp=0), 8, None, "mesh.tp=0: must be at least 1"),
         (MeshConfig(tp=4), 6, None, "mesh.tp=4 does not divide the 6 ranks"),
         (MeshConfig(sp=True), 1, None, "mesh.sp=true with mesh.tp=1"),
+        (MeshConfig(cp=0), 8, None, "mesh.cp=0: must be at least 1"),
+        (MeshConfig(cp=8), 8, 6, "mesh.cp=8 exceeds the 6 tokens of a sample: use at most 6"),
         (
-            MeshConfig(tp=4, sp=True),
-            4,
-            31_202,
-            r"the 31202 tokens of a sample over mesh.tp=4: use mesh.tp in \[2\] or mesh.sp=false",
+            MeshConfig(tp=2, cp=3),
+            8,
+            None,
+            r"mesh.cp=3 with mesh.tp=2 does not divide the 8 ranks .*: use mesh.cp in \[1, 2, 4\]",
         ),
+        (
+            MeshConfig(cp=8, cp_mode="all_to_all"),
+            8,
+            None,
+            r"mesh.cp=8 .* must divide the 12 heads .*: use mesh.cp in \[1, 2, 3, 4, 6, 12\], or mesh.cp_mode=ring",
+        ),
+        (
+            MeshConfig(cp=8, cp_mode="two_level", cp_inner=8),
+            8,
+            None,
+            r"mesh.cp_inner=8 .* and mesh.cp=8 and divide it and the 12 heads .*: use one of \[2, 4\]",
+        ),
+        (MeshConfig(cp=8, cp_mode="two_level", cp_inner=3), 8, None, r"mesh.cp_inner=3 .*: use one of \[2, 4\]"),
+        (MeshConfig(cp=5, cp_mode="two_level"), 5, None, "mesh.cp_inner=None .*: none does; use mesh.cp_mode=ring"),
+        (MeshConfig(cp=4, cp_inner=2), 4, None, "mesh.cp_inner=2 is for mesh.cp_mode=two_level, not auto"),
+        (MeshConfig(timeout_minutes=0), 1, None, "mesh.timeout_minutes=0: must be positive"),
     ],
 )
 def test_bad_meshes_are_named(mesh, world, tokens, message):
     with pytest.raises(ValueError, match=message):
         validate_mesh(WAN_1_3B, mesh, world, tokens=tokens)
+
+
+WAN_14B = ModelConfig(size="14B", num_layers=40, hidden_size=5120, num_attention_heads=40, ffn_hidden_size=13824)
+
+
+@pytest.mark.parametrize(
+    "model, mesh, ranks_per_node, wanted, reason",
+    [
+        (WAN_1_3B, MeshConfig(), 8, ("ring", 1), "one rank holds all tokens"),
+        (
+            WAN_14B,
+            MeshConfig(cp=8),
+            8,
+            ("all_to_all", 8),
+            "all_to_all: the ranks divide the heads .*40 heads .* 8 ranks a node",
+        ),
+        (WAN_1_3B, MeshConfig(cp=8), 8, ("two_level", 4), "two_level, 4 ranks exchange heads: 4 is the most .*12 heads"),
+        (WAN_14B, MeshConfig(tp=2, cp=4), 8, ("all_to_all", 4), "20 heads"),
+        (WAN_14B, MeshConfig(tp=8, cp=4), 8, ("ring", 1), "ring: no number of ranks within a node divides the heads"),
+        (WAN_14B, MeshConfig(tp=2, cp=8), 8, ("two_level", 4), "4 is the most"),
+        (WAN_14B, MeshConfig(cp=8, cp_mode="ring"), 8, ("ring", 1), "ring: as configured"),
+        (WAN_14B, MeshConfig(cp=16, cp_mode="two_level"), 8, ("two_level", 8), "8 ranks exchange heads: as configured"),
+        (WAN_14B, MeshConfig(cp=8, cp_mode="two_level", cp_inner=2), 8, ("two_level", 2), "as configured"),
+        (WAN_14B, MeshConfig(cp=4, cp_mode="two_level"), 1, ("two_level", 2), "as configured"),
+        (WAN_14B, MeshConfig(cp=40, cp_mode="all_to_all"), 8, ("all_to_all", 40), "as configured"),
+    ],
+)
+def test_mode_of_context_parallelism(model, mesh, ranks_per_node, wanted, reason):
+    validate_mesh(model, mesh, mesh.tp * mesh.cp, tokens=32_760)
+    resolved, why = resolve_mesh(model, mesh, ranks_per_node=ranks_per_node)
+    assert (resolved.cp_mode, resolved.cp_inner) == wanted
+    assert re.search(reason, why)
 
 
 def test_mesh_gives_data_parallel_size():

@@ -1,4 +1,4 @@
-"""Wan under tensor and sequence parallelism against one rank: outputs, tangents, every gradient, recompute modes."""
+"""Wan under tensor, sequence and context parallelism against one rank: outputs, tangents, every gradient, recompute modes."""
 
 from functools import cache
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from launch import run_ranks
 from oracle import diffusers_wan, islands_in_fp64, names_of_ours, small_model
-from ranks_wan import MODES, run
+from ranks_wan import GRIDS, MESHES, MODES, run
 
 from rcm_mcore.models.common.parameters import load_full
 from rcm_mcore.models.wan import build_wan
@@ -21,9 +21,9 @@ def reference(mesh, tmp_path_factory):
         weights = names_of_ours(model, diffusers_wan(model).state_dict())
     net = build_wan(model, mesh.config, mesh.groups)
     load_full(net, weights, mesh.tp_group)
-    out, tangent, grads = run(net, "none")
     torch.save({k: v.clone() for k, v in weights.items()}, folder / "weights.pt")
-    torch.save({"out": out, "tangent": tangent, "grads": grads}, folder / "reference.pt")
+    results = {tokens: dict(zip(("out", "tangent", "grads"), run(net, "none", grid))) for tokens, grid in GRIDS.items()}
+    torch.save(results, folder / "reference.pt")
     return folder
 
 
@@ -34,9 +34,10 @@ def results(reference):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("world_size, mesh_name", [(2, "tp2"), (2, "tp2-sp"), (4, "tp4"), (4, "tp4-sp")])
-def test_equals_one_rank(results, world_size, mesh_name, mode):
-    errors = results(world_size)[f"{mesh_name}-{mode}"]
+@pytest.mark.parametrize("tokens", GRIDS)
+@pytest.mark.parametrize("world_size, mesh_name", [(n, name) for n, meshes in MESHES.items() for name in meshes])
+def test_equals_one_rank(results, world_size, mesh_name, tokens, mode):
+    errors = results(world_size)[f"{mesh_name} {tokens} {mode}"]
     assert len(errors) > 50
     wrong = {name: error for name, error in errors.items() if not error <= 1e-9}  # NaN is wrong
     assert not wrong, wrong

@@ -31,6 +31,6 @@ def test_bfloat16_is_within_the_budget(results, tokens, name):
 @pytest.mark.parametrize("tokens", [1, 2, 31200, 32760, 75600, 84480])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
 def test_blocks_hold_every_token_once(tokens, size):
-    counts = [tokens_of_rank(tokens, rank, size) for rank in range(size)]
+    counts = [tokens_of_rank(tokens, rank, -(-tokens // size)) for rank in range(size)]
     assert sum(counts) == tokens and counts == sorted(counts, reverse=True)
     assert all(count == counts[0] for count in counts[: tokens // counts[0]])

@@ -69,7 +69,7 @@ def config(**distill):
 def roles(mesh):
     negative = torch.randn(1, *TEXT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     return Roles(
-        student=Net(0), teacher=Net(1), fake_score=Net(2), negative=negative, model_parallel_group=mesh.groups.mp
+        student=Net(0), teacher=Net(1), fake_score=Net(2), negative=negative, sample_group=mesh.groups.mp
     )  # fmt: skip
 
 
@@ -381,6 +381,6 @@ def test_ranks_of_a_model_agree_on_what_they_leave_out(roles, batch, monkeypatch
     monkeypatch.setattr(steps.dist, "all_reduce", all_reduce)
     cfg = config()
     want = 50 * sum(consistency(roles, batch, cfg, i, PHASE)[0] for i in (0, 2)) / B
-    loss, metrics = consistency_step(batch, changed(roles, model_parallel_group=TwoRanks()), cfg, PHASE)
+    loss, metrics = consistency_step(batch, changed(roles, sample_group=TwoRanks()), cfg, PHASE)
     assert_gradients(loss, roles.student, want)
     assert not elsewhere and int(metrics["nonfinite_output"]) == 1 and int(metrics["nonfinite_target"]) == 1

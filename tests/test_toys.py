@@ -171,7 +171,7 @@ def train(config, group, phases, *, student, fake_score=None, data=DATA, seed=SE
     """
     generator = seeded(seed)
     networks = dict(student=student, teacher=data.velocity, fake_score=fake_score)
-    roles = Roles(**networks, negative=torch.zeros(1, 1, 1), model_parallel_group=group)
+    roles = Roles(**networks, negative=torch.zeros(1, 1, 1), sample_group=group)
     trained = {"pretrain": student, "student": student, "critic": fake_score}
     optimizers = {
         k: torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)) for k, net in trained.items() if isinstance(net, Net)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rcm_mcore.config.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the process mesh; the data-parallel size is what remains of the world."""
+    """Sizes of the process mesh; the data-parallel size is what remains of the world.
+
+    Ranks are numbered with tensor parallelism fastest, then context, then data parallelism.
+    """
 
     tp: int = 1  # tensor-parallel size: heads and ffn are split over it
     sp: bool = False  # sequence parallelism over the tensor-parallel ranks, between the parallel linears
+    cp: int = 1  # context-parallel size: the tokens of a sample are split over it
+    # How attention reaches the tokens of other ranks: keys travel round a ring; heads are exchanged for tokens; or heads within
+    # groups of cp_inner ranks, and rings between groups. auto: heads, among as many ranks of a node as their number allows.
+    cp_mode: Literal["auto", "ring", "all_to_all", "two_level"] = "auto"
+    cp_inner: int | None = None  # two_level: ranks that exchange heads; none: as many as can
+    timeout_minutes: float = 30.0  # a collective that waits longer for another rank fails
 
 
 def tokens_per_sample(model: ModelConfig, latent_shape: tuple[int, ...]) -> int:
@@ -38,7 +49,7 @@ def tokens_per_sample(model: ModelConfig, latent_shape: tuple[int, ...]) -> int:
 def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, tokens: int | None = None) -> int:
     """Check that `model` can run on `world_size` ranks laid out as `mesh`; returns the data-parallel size.
 
-    `tokens`: tokens of a sample, checked against the sequence-parallel split when given.
+    `tokens`: tokens of a sample, which must suffice for every rank, when given.
     Raises ValueError naming the field, its value and the values that would work.
     """
     if mesh.tp < 1:
@@ -52,12 +63,78 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
         )
     if mesh.sp and mesh.tp == 1:
         raise ValueError("mesh.sp=true with mesh.tp=1: sequence parallelism splits over tensor-parallel ranks; set mesh.tp > 1")
+    if mesh.cp < 1:
+        raise ValueError(f"mesh.cp={mesh.cp}: must be at least 1")
+    if mesh.timeout_minutes <= 0:
+        raise ValueError(f"mesh.timeout_minutes={mesh.timeout_minutes}: must be positive")
+    if tokens is not None and mesh.cp > tokens:
+        raise ValueError(f"mesh.cp={mesh.cp} exceeds the {tokens} tokens of a sample: use at most {tokens}")
     if world_size % mesh.tp:
         raise ValueError(f"mesh.tp={mesh.tp} does not divide the {world_size} ranks that were launched")
-    if mesh.sp and tokens is not None and tokens % mesh.tp:
-        fits = [n for n in works if tokens % n == 0 and n > 1]
+    if world_size % (mesh.tp * mesh.cp):
         raise ValueError(
-            f"mesh.sp=true cannot split the {tokens} tokens of a sample over mesh.tp={mesh.tp}: "
-            f"use mesh.tp in {fits} or mesh.sp=false"
+            f"mesh.cp={mesh.cp} with mesh.tp={mesh.tp} does not divide the {world_size} ranks that were launched: "
+            f"use mesh.cp in {_divisors(world_size // mesh.tp)}"
         )
-    return world_size // mesh.tp
+    _check_exchange(mesh, heads // mesh.tp)
+    return world_size // (mesh.tp * mesh.cp)
+
+
+def _check_exchange(mesh: MeshConfig, heads: int) -> None:
+    """That `heads` of a tensor-parallel rank can be exchanged as mesh.cp_mode and mesh.cp_inner say."""
+    inner = _inner_sizes(mesh.cp, heads)
+    if mesh.cp_mode == "all_to_all" and mesh.cp not in inner:
+        works = _divisors(heads)
+        raise ValueError(
+            f"mesh.cp={mesh.cp} with mesh.cp_mode=all_to_all must divide the {heads} heads of a tensor-parallel rank: "
+            f"use mesh.cp in {works}, or mesh.cp_mode=ring or two_level"
+        )
+    if mesh.cp_mode != "two_level":
+        if mesh.cp_inner is not None:
+            raise ValueError(f"mesh.cp_inner={mesh.cp_inner} is for mesh.cp_mode=two_level, not {mesh.cp_mode}")
+        return
+    levels = [n for n in inner if 1 < n < mesh.cp]
+    if mesh.cp_inner not in (None, *levels) or not levels:
+        raise ValueError(
+            f"mesh.cp_inner={mesh.cp_inner} with mesh.cp_mode=two_level must lie between 1 and mesh.cp={mesh.cp} and divide it "
+            f"and the {heads} heads of a tensor-parallel rank: "
+            + (f"use one of {levels}" if levels else "none does; use mesh.cp_mode=ring")
+        )
+
+
+def resolve_mesh(model: ModelConfig, mesh: MeshConfig, *, ranks_per_node: int) -> tuple[MeshConfig, str]:
+    """`mesh` with cp_mode and cp_inner decided (1 for a ring, cp for all-to-all), and a sentence that says why.
+
+    `mesh` must be valid (`validate_mesh`).
+    """
+    heads = model.num_attention_heads // mesh.tp
+    inner = _inner_sizes(mesh.cp, heads)
+    near = [n for n in inner if ranks_per_node % (n * mesh.tp) == 0]
+    facts = f"{heads} heads a tensor-parallel rank, {mesh.cp} context-parallel ranks, {ranks_per_node} ranks a node"
+    mode, size, why = mesh.cp_mode, 1, "as configured"
+    if mode == "all_to_all":
+        size = mesh.cp
+    elif mode == "two_level":
+        between = [n for n in near if 1 < n < mesh.cp] or [n for n in inner if 1 < n < mesh.cp][:1]
+        size = mesh.cp_inner or between[-1]
+    elif mode == "auto":
+        size = max(near, default=1)
+        mode = "ring" if size == 1 else "all_to_all" if size == mesh.cp else "two_level"
+        why = {
+            "ring": "no number of ranks within a node divides the heads",
+            "all_to_all": "the ranks divide the heads and are within a node",
+            "two_level": f"{size} is the most ranks within a node that divide the heads",
+        }[mode]
+    if mesh.cp == 1:
+        return replace(mesh, cp_mode="ring", cp_inner=1), "one rank holds all tokens"
+    text = {"ring": "ring", "all_to_all": "all_to_all", "two_level": f"two_level, {size} ranks exchange heads"}[mode]
+    return replace(mesh, cp_mode=mode, cp_inner=size), f"{text}: {why} ({facts})"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _inner_sizes(cp: int, heads: int) -> list[int]:
+    """Numbers of ranks, ascending, that can exchange heads."""
+    return _divisors(math.gcd(cp, heads))

@@ -22,8 +22,8 @@ class Batch:
     """The samples of one rank for one step, b = global batch size / data-parallel size of them.
 
     Attributes:
-        latents: [b, C, F, H, W] float32 on CPU.
-        text: [b, text_len, text_dim] float32 on CPU, zero rows past the prompt.
+        latents: [b, C, F, H, W] float32 on CPU; [0] where the loader does not read.
+        text: [b, text_len, text_dim] float32 on CPU, zero rows past the prompt; likewise.
         prompts, keys: of each sample.
         slots: of each sample, its place in the global batch, from 0.
         step: the step that the batch is for.
@@ -50,8 +50,9 @@ class DataLoader:
         text_len, text_dim: shape of the text that the model takes.
         seed: of the order of the shards.
         global_batch_size: samples of a step over all ranks.
-        dp_rank, dp_size: this rank's place among the data-parallel ranks (tensor- and context-parallel ranks of one
-            data-parallel rank read the same samples).
+        dp_rank, dp_size: this rank's place among the data-parallel ranks.
+        reads: whether to read samples, or to hand out batches without them: of the tensor- and context-parallel ranks of
+            one data-parallel rank one reads, and sends the others what it read. The state of one that does not is void.
         start_step: the step of the first batch.
         transform: applied to each batch in the thread, for example to draw noise; what it returns is iterated over.
     Raises: ValueError for what `RankReaders` refuses, and a global batch that the data-parallel size does not divide.
@@ -67,6 +68,7 @@ class DataLoader:
         global_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        reads: bool = True,
         start_step: int = 0,
         transform: Callable[[Batch], Any] | None = None,
     ) -> None:
@@ -77,7 +79,7 @@ class DataLoader:
             )
         self._readers = RankReaders(config, text_len=text_len, text_dim=text_dim, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
-        self._transform = transform
+        self._reads, self._transform = reads, transform
         self._prefetch = config.prefetch
         self._step = start_step
         self._samples = start_step * global_batch_size
@@ -170,12 +172,13 @@ class DataLoader:
         for slot in slots:
             if self._closed:
                 return None
-            samples.append(self._readers.read(self._samples + slot))
+            if self._reads:
+                samples.append(self._readers.read(self._samples + slot))
         self._samples += self._global_batch_size
         self._step += 1
         return Batch(
-            latents=torch.stack([sample.latent for sample in samples]),
-            text=torch.stack([sample.embed for sample in samples]),
+            latents=torch.stack([sample.latent for sample in samples]) if samples else torch.empty(0),
+            text=torch.stack([sample.embed for sample in samples]) if samples else torch.empty(0),
             prompts=tuple(sample.prompt for sample in samples),
             keys=tuple(sample.key for sample in samples),
             slots=tuple(slots),

@@ -40,7 +40,7 @@ class Roles:
     teacher: Network
     fake_score: Network
     negative: Tensor
-    model_parallel_group: dist.ProcessGroup
+    sample_group: dist.ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +184,10 @@ def _finite_forward(run: Callable[[Tensor], Any], count: int, roles: Roles) -> t
 
 
 def _agree(good: Tensor, roles: Roles) -> Tensor:
-    """Samples that every rank of the model-parallel group finds good."""
-    if roles.model_parallel_group.size() > 1:
+    """Samples that every rank that works on them finds good."""
+    if roles.sample_group.size() > 1:
         votes = good.to(torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MIN, group=roles.model_parallel_group)
+        dist.all_reduce(votes, dist.ReduceOp.MIN, group=roles.sample_group)
         return votes.bool()
     return good
 

@@ -38,6 +38,15 @@ class Mesh:
         return self.groups.tp.size()
 
     @property
+    def sample_group(self) -> dist.ProcessGroup:
+        """The ranks that work on the same samples: tensor- and context-parallel ones."""
+        return self.groups.tp_cp
+
+    @property
+    def cp_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
     def dp_group(self) -> dist.ProcessGroup:
         return self.groups.dp
 
@@ -81,11 +90,42 @@ def init_distributed(*, timeout_minutes: float = 30.0) -> torch.device:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Build megatron's process groups for `config` on the ranks of the default group. Call `destroy_mesh` before another."""
-    device = init_distributed()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp)
+    """Build megatron's process groups for `config`, which `resolve_mesh` has settled, on the ranks of the default group.
+
+    Call `destroy_mesh` before another.
+    """
+    device = init_distributed(timeout_minutes=config.timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        context_parallel_size=config.cp,
+        distributed_timeout_minutes=config.timeout_minutes,
+    )
     model_parallel_cuda_manual_seed(0)  # the trackers must exist; no layer of ours draws from them
-    return Mesh(config, ProcessGroupCollection.use_mpu_process_groups(), device)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.hcp = _levels(groups.cp, config)
+    return Mesh(config, groups, device)
+
+
+def _levels(cp_group: dist.ProcessGroup, config: MeshConfig) -> list[dist.ProcessGroup | None]:
+    """The context-parallel group as two levels: ranks that exchange heads, and a ring between them; none for one rank."""
+    inner = config.cp_inner if config.cp > 1 else 1
+    assert inner is not None, "resolve_mesh decides cp_inner"
+    if inner == 1 or inner == config.cp:
+        return [cp_group if inner > 1 else None, cp_group if config.cp > inner else None]
+    everyone: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, dist.get_process_group_ranks(cp_group))
+    levels: list[dist.ProcessGroup | None] = [None, None]
+    timeout = timedelta(minutes=config.timeout_minutes)
+    for ranks in sorted({tuple(ranks) for ranks in everyone}):
+        # Neighbours exchange heads; the ring joins ranks of the same place in each neighbourhood.
+        exchanges = [ranks[i : i + inner] for i in range(0, len(ranks), inner)]
+        rings = [ranks[i::inner] for i in range(inner)]
+        for level, groups in enumerate((exchanges, rings)):
+            for members in groups:
+                group = dist.new_group(list(members), timeout=timeout)
+                if dist.get_rank() in members:
+                    levels[level] = group
+    return levels
 
 
 def destroy_mesh() -> None:

@@ -1,4 +1,4 @@
-"""The sequence axis over tensor-parallel ranks, and sums over them that keep gradients exact."""
+"""The sequence axis over tensor- and context-parallel ranks, and sums over ranks that keep gradients exact."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows of `x` [s, ...] -> [s / tp, ...]; the gradient is gathered."""
+    """This rank's rows of `x` [s, ...] -> [s / n, ...] over n ranks; the gradient is gathered."""
     return x if group.size() == 1 else scatter_to_sequence_parallel_region(x, group=group)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All rows of `x` [s / tp, ...] -> [s, ...], for a loss that every rank computes alike (the gradient is sliced)."""
+    """All rows of `x` [s / n, ...] -> [s, ...], for a loss that every rank computes alike (the gradient is sliced)."""
     if group.size() == 1:
         return x
     return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)

@@ -16,7 +16,7 @@ from rcm_kernels import backends, use_backends
 from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
-from rcm_mcore.config import Config, tokens_per_sample, validate_mesh
+from rcm_mcore.config import Config, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
@@ -88,6 +88,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     return {
         "data_parallel_size": dp,
         "tokens_per_sample": tokens,
+        "context_parallel": resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[1],
         "attention": ", ".join(f"{function} {name}" for function, name in attention.items()),
         "parameters": parameters,
         "checkpoint_gib": needed / 2**30,
@@ -164,7 +165,7 @@ def check_teacher(config: Config) -> None:
 
 def set_up(config: Config) -> Run:
     """Collective: build the run and resume it if `checkpoint.dir` holds a usable checkpoint."""
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[0])
     folder = CheckpointFolder(config.checkpoint.dir)
     resume_from = folder.newest()
     networks, roles, trained = _networks(config, mesh, resuming=resume_from is not None)
@@ -180,6 +181,7 @@ def set_up(config: Config) -> Run:
         global_batch_size=config.train.global_batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
+        reads=mesh.sample_group.rank() == 0,
         transform=partial(with_draws, config),
     )
     if resume_from is not None:
@@ -199,12 +201,12 @@ def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Train
     seed, steps, distill = config.train.seed, config.train.steps, config.distill
     wrap = partial(make_trained, config=config, mesh=mesh)
     text = negative(config).to(mesh.device)
-    group = mesh.groups.mp
+    group = mesh.sample_group
     student_net = build_network(config.model, mesh, seed=seed, trainable=True)
     if config.train.objective == "pretrain":
         student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=steps, has_ema=has_ema)
         net = student.ddp
-        roles = Roles(student=net, teacher=net, fake_score=net, negative=text, model_parallel_group=group)
+        roles = Roles(student=net, teacher=net, fake_score=net, negative=text, sample_group=group)
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)
@@ -224,7 +226,7 @@ def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Train
         critic = wrap("fake_score", fake_net, peak_lr=lr, total_steps=critic_steps, has_ema=False)
         networks.append(critic)
         trained["critic"], fake_score = critic, critic.ddp
-    roles = Roles(student=student.ddp, teacher=teacher, fake_score=fake_score, negative=text, model_parallel_group=group)
+    roles = Roles(student=student.ddp, teacher=teacher, fake_score=fake_score, negative=text, sample_group=group)
     return networks, roles, trained
 
 
@@ -232,9 +234,14 @@ def gather_data_state(run: Run) -> dict[str, Any]:
     """Collective: the position of every reader of the run."""
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, run.loader.state_dict())
-    return merge_states(states[:: run.mesh.tp_size])
+    return merge_states(states[:: run.mesh.sample_group.size()])  # of those that read
 
 
 def world_size() -> int:
     """Ranks that torchrun launched."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_per_node() -> int:
+    """Ranks that torchrun launched on this machine; without torchrun, 8."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "8"))

@@ -80,7 +80,9 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
     """
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    microbatches = list(_microbatches(item, config.train.micro_batch_size, mesh.device))
+    latents, text, bad_samples = _received(item.batch, config, mesh)
+    size = config.train.micro_batch_size
+    microbatches = list(_microbatches(latents, text, item.draws.to(mesh.device), size))
     terms = terms_of(item.phase, roles, config)
     sums: dict[str, Tensor] = {}
     for i, term in enumerate(terms):
@@ -90,7 +92,7 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
             for outcome in _forward_backward(trained, term, microbatches, config):
                 for name, value in outcome.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
-    sums["bad_samples"] = torch.tensor(item.batch.state["bad_samples"], dtype=torch.float64)
+    sums["bad_samples"] = bad_samples
     metrics = _over_global_batch(sums, mesh)
     if item.phase.kind == "student":
         weights = {"loss_scm": config.distill.scm_weight, "loss_dmd": config.distill.dmd_weight}
@@ -147,9 +149,25 @@ def _forward_backward(
     )
 
 
-def _microbatches(item: StepBatch, size: int, device: torch.device) -> Iterator[MicroBatch]:
-    latents, text = item.batch.latents.to(device), item.batch.text.to(device)
-    draws = item.draws.to(device)
+def _received(batch: Batch, config: Config, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents [b, C, F, H, W], text [b, text_len, text_dim] and the count of bad samples, on the device.
+
+    The first rank of those that work on the same samples has read them; the others get them from it.
+    """
+    count, model = len(batch.slots), config.model
+    bad = torch.tensor(float(batch.state["bad_samples"]), dtype=torch.float64)
+    tensors = [x.to(mesh.device) for x in (batch.latents, batch.text, bad)]
+    group = mesh.sample_group
+    if group.size() > 1:
+        if group.rank() > 0:
+            shapes = (count, *config.data.latent_shape), (count, model.text_len, model.text_dim)
+            tensors[:2] = [torch.empty(shape, device=mesh.device) for shape in shapes]
+        for x in tensors:
+            dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
+    return tensors[0], tensors[1], tensors[2]
+
+
+def _microbatches(latents: Tensor, text: Tensor, draws: Draws, size: int) -> Iterator[MicroBatch]:
     for start in range(0, len(latents), size):
         rows = slice(start, start + size)
         yield MicroBatch(latents=latents[rows], text=text[rows], draws=draws.rows(rows))

@@ -16,8 +16,9 @@ class Conditioning(NamedTuple):
 
     modulation: MaybeDual  # [6, B, M], wide
     context: Tensor  # [X, B, M]
-    cos: Tensor  # [S, 1, 1, D/2]
+    cos: Tensor  # [S, 1, 1, D/2], of this context-parallel rank's tokens
     sin: Tensor
+    tokens: int  # of a whole sample, without padding
 
 
 class Block(Protocol):
@@ -38,10 +39,10 @@ class _Recompute(torch.autograd.Function):
         x, x_dot, modulation, modulation_dot, context = tensors
         is_dual = x_dot is not None
         ctx.cache = AttentionCache() if is_dual else None
-        ctx.block, ctx.rope = block, (cond.cos, cond.sin)
+        ctx.block, ctx.places = block, (cond.cos, cond.sin, cond.tokens)
         y = block(
             Dual(x, x_dot) if is_dual else x,
-            Conditioning(Dual(modulation, modulation_dot) if is_dual else modulation, context, cond.cos, cond.sin),
+            Conditioning(Dual(modulation, modulation_dot) if is_dual else modulation, context, *ctx.places),
             ctx.cache,
         )
         ctx.save_for_backward(_owned(x), modulation, context)
@@ -56,7 +57,7 @@ class _Recompute(torch.autograd.Function):
         inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, (needs[2], needs[4], needs[6]))]
         x, modulation, context = inputs
         with torch.enable_grad():
-            y = ctx.block(x, Conditioning(modulation, context, *ctx.rope), ctx.cache)
+            y = ctx.block(x, Conditioning(modulation, context, *ctx.places), ctx.cache)
         torch.autograd.backward(y, grads[0])
         return None, None, x.grad, None, modulation.grad, None, context.grad
 

@@ -1,7 +1,7 @@
 """One Wan2.1 block: self-attention, cross-attention onto the text, feed-forward (architectures.md A.1, item 6).
 
-Shapes: S all tokens, s this rank's tokens (S / tp under sequence parallelism), X text rows, B batch, M width, N heads of
-this rank, D head width.
+Shapes: S tokens of this context-parallel rank, s of this rank (S / tp under sequence parallelism), X text rows, B batch,
+M width, N heads of this rank, D head width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,7 +23,7 @@ from rcm_mcore import dual
 from rcm_mcore.config import ModelConfig
 from rcm_mcore.dual import Dual, MaybeDual, rowwise
 from rcm_mcore.models.common import elementwise as ew
-from rcm_mcore.models.common.attention import AttentionCache, attention
+from rcm_mcore.models.common.attention import AttentionCache, SplitAttention, attention
 from rcm_mcore.models.common.blocks import Conditioning
 from rcm_mcore.models.common.linears import ParallelLinears, apply, column_linear, parallel_linears, row_linear
 from rcm_mcore.parallel.sequence import sum_over_ranks
@@ -59,11 +60,12 @@ class SelfAttention(nn.Module):
     """Attention among the tokens, RMSNorm of q and k over the full width, rotary positions."""
 
     def __init__(
-        self, linears: ParallelLinears, model: ModelConfig, *, config: TransformerConfig, group: dist.ProcessGroup
+        self, linears: ParallelLinears, model: ModelConfig, *, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__()
-        width = model.hidden_size
+        width, group = model.hidden_size, groups.tp
         self.width, self.head_dim, self.eps, self.group = width, model.head_dim, model.eps, group
+        self.attend = SplitAttention(*groups.hcp)
         # Rows per head as [N, 3, D]: any tensor-parallel size then splits the first dimension.
         self.linear_qkv = column_linear(linears, width, 3 * width, config=config, group=group)
         self.linear_proj = row_linear(linears, width, width, config=config, group=group)
@@ -77,7 +79,7 @@ class SelfAttention(nn.Module):
         sums = rowwise(ew.square_sums, q, k)
         sums = _sum_over_heads(sums, self.group)
         q, k = rowwise(self._normalize_and_rotate, q, k, sums, cond.cos, cond.sin)
-        return apply(self.linear_proj, attention(q, k, v, cache))
+        return apply(self.linear_proj, self.attend(q, k, v, tokens=cond.tokens, cache=cache))
 
     def _normalize_and_rotate(self, q: Tensor, k: Tensor, sums: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         rotated = [
@@ -147,15 +149,15 @@ class WanBlock(MegatronModule):
     """z += gate1 SelfAttention(mod1 z);  z += CrossAttention(norm3 z);  z += gate2 FFN(mod2 z)."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: ParallelLinears, *, model: ModelConfig, group: dist.ProcessGroup
+        self, config: TransformerConfig, submodules: ParallelLinears, *, model: ModelConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
         self.eps, self.dtype = model.eps, config.params_dtype
         self.modulation = replicated(1, 6, model.hidden_size, config=config)
-        self.self_attn = SelfAttention(submodules, model, config=config, group=group)
+        self.self_attn = SelfAttention(submodules, model, config=config, groups=groups)
         self.norm3 = AffineNorm(model.hidden_size, config=config)
-        self.cross_attn = CrossAttention(submodules, model, config=config, group=group)
-        self.ffn = FeedForward(submodules, model, config=config, group=group)
+        self.cross_attn = CrossAttention(submodules, model, config=config, group=groups.tp)
+        self.ffn = FeedForward(submodules, model, config=config, group=groups.tp)
 
     def forward(self, x: MaybeDual, cond: Conditioning, cache: AttentionCache | None = None) -> MaybeDual:
         """Hidden states x [s, B, M] to the like; see blocks.Block."""

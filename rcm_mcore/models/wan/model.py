@@ -42,6 +42,7 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
         ffn_hidden_size=model.ffn_hidden_size,
         kv_channels=model.head_dim,
         tensor_model_parallel_size=mesh.tp,
+        context_parallel_size=mesh.cp,
         sequence_parallel=mesh.sp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -67,7 +68,7 @@ class WanModel(MegatronModule):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
-        self.model, self.tp_group = model, groups.tp
+        self.model, self.tp_group, self.cp_group = model, groups.tp, groups.cp
         self.model_type, self.pre_process, self.post_process = ModelType.encoder_or_decoder, True, True
         width, channels = model.hidden_size, model.in_channels * math.prod(model.patch_size)
         self.patch_embedding = Linear(channels, width, config=config)
@@ -79,7 +80,7 @@ class WanModel(MegatronModule):
         self.time_projection = nn.ModuleDict({"1": Linear(width, 6 * width, config=config)})
         spec = wan_block_spec(model.transformer_impl)
         self.blocks = BlockStack(
-            [build_module(spec, config=config, model=model, group=groups.tp) for _ in range(model.num_layers)],
+            [build_module(spec, config=config, model=model, groups=groups) for _ in range(model.num_layers)],
             recompute=model.recompute,
         )
         self.head = _Head(width, channels, config=config)
@@ -97,17 +98,38 @@ class WanModel(MegatronModule):
         frames, height, width = (n // p for n, p in zip(primal(x).shape[2:], patch))
 
         e, e0 = rowwise(self._embed_time, s)
-        rope = rotary_table((frames, height, width), self.model.head_dim, primal(e0).dtype, primal(x).device)
-        cond = Conditioning(e0, self._embed_text(text), *rope)
+        tokens = frames * height * width
+        cos, sin = rotary_table((frames, height, width), self.model.head_dim, primal(e0).dtype, primal(x).device)
+        places = self._cp_rank_rows(cos), self._cp_rank_rows(sin)
+        cond = Conditioning(e0, self._embed_text(text), *places, tokens)
 
-        tokens = rowwise(partial(patchify, patch=patch), x)
-        if self.config.sequence_parallel:
-            tokens = dual.linear(partial(scatter_sequence, group=self.tp_group), tokens)
-        y = self.blocks(rowwise(self._embed_patches, tokens), cond)
+        split = self.cp_group.size() > 1 or self.config.sequence_parallel
+        y = rowwise(partial(patchify, patch=patch), x)
+        y = dual.linear(self._scatter, y) if split else y
+        y = self.blocks(rowwise(self._embed_patches, y), cond)
         y = rowwise(partial(self.head, eps=self.model.eps), y, e)
-        if self.config.sequence_parallel:
-            y = dual.linear(partial(gather_sequence, group=self.tp_group), y)
+        y = dual.linear(lambda rows: self._gather(rows)[:tokens], y) if split else y
         return rowwise(partial(unpatchify, grid=(frames, height, width), patch=patch), y)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x [S, ...] with zero rows up to a number that its ranks divide."""
+        ranks = self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % ranks)) if len(x) % ranks else x
+
+    def _cp_rank_rows(self, x: Tensor) -> Tensor:
+        """The rows of x [S, ...] that this context-parallel rank holds, a view unless padded."""
+        return self._padded(x).chunk(self.cp_group.size())[self.cp_group.rank()]
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        """This rank's rows of x [S, ...], split over context-parallel and then, if so configured, tensor-parallel ranks."""
+        x = scatter_sequence(self._padded(x), self.cp_group)
+        return scatter_sequence(x, self.tp_group) if self.config.sequence_parallel else x
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """The inverse of `_scatter`, padding included."""
+        if self.config.sequence_parallel:
+            x = gather_sequence(x, self.tp_group)
+        return gather_sequence(x, self.cp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -150,10 +172,9 @@ class WanModel(MegatronModule):
         if x.ndim != 5:
             raise ValueError(f"x has shape {list(x.shape)}: must be [B, C, F, H, W]")
         tokens = tokens_per_sample(model, tuple(x.shape[1:]))
-        if self.config.sequence_parallel and tokens % self.tp_group.size():
+        if self.cp_group.size() > tokens:
             raise ValueError(
-                f"x has shape {list(x.shape)}: its {tokens} tokens cannot be split over "
-                f"{self.tp_group.size()} tensor-parallel ranks; use another size or mesh.sp=false"
+                f"x has shape {list(x.shape)}: its {tokens} tokens are fewer than mesh.cp={self.cp_group.size()} ranks"
             )
         if s.shape != x.shape[:1]:
             raise ValueError(f"s has shape {list(s.shape)}: must be [{x.shape[0]}], one per sample")
