@@ -37,10 +37,10 @@ GRIDS = {"72": (3, 8, 12), "45": (3, 6, 10)}  # tokens: every mesh divides them,
 MODES = ("none", "full", "one_pass")
 
 
-def run(net, mode, grid):
+def run(net, mode, grid, device="cpu"):
     """Output, tangent and the gradients of a weighted sum of the output, as the trainer would have them."""
-    x, x_dot, s, s_dot, text = inputs(net.model, grid=grid)
-    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    x, x_dot, s, s_dot, text = (y.to(device) for y in inputs(net.model, grid=grid))
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     net.zero_grad()
     net.blocks.recompute = "full" if mode == "full" else "none"
     dual_inputs = Dual(x, x_dot), Dual(s, s_dot)

@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import ranks_wan_gpu
 import torch
 from launch import run_ranks
 from oracle import diffusers_wan, islands_in_fp64, names_of_ours, small_model
@@ -41,3 +42,24 @@ def test_equals_one_rank(results, world_size, mesh_name, tokens, mode):
     assert len(errors) > 50
     wrong = {name: error for name, error in errors.items() if not error <= 1e-9}  # NaN is wrong
     assert not wrong, wrong
+
+
+def on_gpus(world_size):
+    """Every mesh, length and mode of so many GPUs."""
+    names = [f"{mesh} {tokens} {mode}" for mesh in ranks_wan_gpu.MESHES[world_size] for tokens in GRIDS for mode in MODES]
+    return [pytest.param(world_size, name, marks=getattr(pytest.mark, f"gpu{world_size}")) for name in names]
+
+
+@pytest.mark.parametrize("world_size, name", [*on_gpus(2), *on_gpus(4), *on_gpus(8)])
+def test_bfloat16_on_gpus_is_within_the_budget(gpu_results, world_size, name):
+    """At most twice the error of one GPU against float64, for every tensor; some gradients are all rounding."""
+    errors = gpu_results(world_size)[name]
+    assert len(errors) > 50
+    wrong = {n: pair for n, pair in errors.items() if not pair[0] <= 2 * pair[1] + 2e-3}
+    assert not wrong, wrong
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory):
+    """Errors (under the mesh, on one GPU) by mesh, length and mode."""
+    return cache(lambda world_size: run_ranks(world_size, "ranks_wan_gpu.py", tmp_path_factory.mktemp("gpus")))

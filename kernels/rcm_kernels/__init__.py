@@ -6,5 +6,14 @@ kernels join where triton or cuda-bindings is installed, as torch's CUDA builds 
 
 from rcm_kernels.attention import flash_attention, flash_attention_backward, flash_attention_jvp
 from rcm_kernels.backends import backends, use_backends
+from rcm_kernels.merge import Partial, merge
 
-__all__ = ["backends", "flash_attention", "flash_attention_backward", "flash_attention_jvp", "use_backends"]
+__all__ = [
+    "Partial",
+    "backends",
+    "flash_attention",
+    "flash_attention_backward",
+    "flash_attention_jvp",
+    "merge",
+    "use_backends",
+]

@@ -1,8 +1,9 @@
 """Attention over tokens that are split over ranks: blocks of keys and values travel round a ring (arXiv 2310.01889).
 
 Rank i of a ring of n holds tokens i s to (i + 1) s - 1 of every sample: the sequence is padded at its end to n s, and what
-lies beyond `tokens` is never attended to. At each of n steps a rank attends to the block it holds while that block is on its
-way to the next rank and another comes in; results over disjoint keys are merged (method.md 7) in float32 or better.
+lies beyond `tokens` is never attended to. At each of n steps a rank attends to one block while the next comes in: over NVLink
+from its owner's memory (shared_memory.py), else passed on by the rank before. Results over disjoint keys are merged at the end
+(method.md 7) in float32 or better.
 
 Dimensions: B batch, s tokens of this rank, N heads, D head width.
 """
@@ -10,13 +11,15 @@ Dimensions: B batch, s tokens of this rank, N heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rcm_kernels import flash_attention, flash_attention_backward, flash_attention_jvp
+from rcm_kernels import Partial, flash_attention, flash_attention_backward, flash_attention_jvp, merge
 from torch import Tensor
+
+from rcm_mcore.parallel.shared_memory import peers_of
 
 
 def tokens_of_rank(tokens: int, rank: int, block: int) -> int:
@@ -41,12 +44,13 @@ def ring_attention_jvp(
     with torch.no_grad():
         q, k, v = primals
         q_dot, k_dot, v_dot = tangents
-        merged: _Partial | None = None
-        for k_, v_, k_dot_, v_dot_ in _filled_blocks((k, v, k_dot, v_dot), tokens, group):
-            part = _Partial(*flash_attention_jvp(q, k_, v_, q_dot, k_dot_, v_dot_, scale=scale))
-            merged = part if merged is None else _merge(merged, part)
-        assert merged is not None and merged.out_dot is not None and merged.lse_dot is not None, "no rank holds a token"
-        return merged.out.to(q.dtype), merged.out_dot.to(q.dtype), merged.lse, merged.lse_dot
+        parts = [
+            Partial(*flash_attention_jvp(q, k_, v_, q_dot, k_dot_, v_dot_, scale=scale))
+            for k_, v_, k_dot_, v_dot_ in _filled_blocks((k, v, k_dot, v_dot), tokens, group)
+        ]
+        out, out_dot, lse, lse_dot = merge(parts)
+        assert out_dot is not None and lse_dot is not None, "every part has tangents"
+        return out, out_dot, lse, lse_dot
 
 
 def ring_attention(
@@ -72,13 +76,11 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, tokens, group, scale, out, lse = args
         if out is None:
-            merged: _Partial | None = None
+            parts = []
             for k_, v_ in _filled_blocks((k, v), tokens, group):
                 part_out, part_lse = flash_attention(q, k_, v_, scale=scale)
-                part = _Partial(part_out, None, part_lse, None)
-                merged = part if merged is None else _merge(merged, part)
-            assert merged is not None, "no rank holds a token"
-            out, lse = merged.out.to(q.dtype), merged.lse
+                parts.append(Partial(part_out, None, part_lse, None))
+            out, _, lse, _ = merge(parts)
         else:
             out, lse = out.view_as(out), lse.view_as(lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -120,47 +122,29 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 5
 
 
-class _Partial(NamedTuple):
-    """Attention over some of the keys: out, out_dot [B, s, N, D] and lse, lse_dot [B, N, s]."""
-
-    out: Tensor
-    out_dot: Tensor | None
-    lse: Tensor
-    lse_dot: Tensor | None
-
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
-    """Of two results over disjoint keys, that over all of them (method.md 7); in the dtype of lse."""
-    share = torch.sigmoid(b.lse - a.lse)
-    weight = share.transpose(1, 2).unsqueeze(-1)
-    change = b.out.to(share.dtype) - a.out.to(share.dtype)
-    out, lse = a.out + weight * change, torch.logaddexp(a.lse, b.lse)
-    if a.out_dot is None or b.out_dot is None or a.lse_dot is None or b.lse_dot is None:
-        return _Partial(out, None, lse, None)
-    share_dot = share * (1 - share) * (b.lse_dot - a.lse_dot)
-    out_dot = torch.lerp(a.out_dot.to(share.dtype), b.out_dot.to(share.dtype), weight)
-    out_dot += share_dot.transpose(1, 2).unsqueeze(-1) * change
-    return _Partial(out, out_dot, lse, torch.lerp(a.lse_dot, b.lse_dot, share))
-
-
 def _filled_blocks(own: tuple[Tensor, ...], tokens: int, group: dist.ProcessGroup | None) -> Iterator[tuple[Tensor, ...]]:
     """`_blocks`, but those without a token."""
     return (block for block in _blocks(own, tokens, group) if block[0].shape[1])
 
 
 def _blocks(own: tuple[Tensor, ...], tokens: int, group: dist.ProcessGroup | None) -> Iterator[tuple[Tensor, ...]]:
-    """The blocks [B, s, N, D] of all ranks, this rank's first, without padding; each on its way to the next rank meanwhile."""
+    """The blocks [B, s, N, D] of all ranks, this rank's first, without padding; each comes in while the one before is used."""
     if group is None:
         yield tuple(x[:, :tokens] for x in own)
         return
-    size, rank, length = group.size(), group.rank(), own[0].shape[1]
-    block = torch.stack(own)  # one message
-    for step in range(size):
-        coming = _Shift(block, group) if step < size - 1 else None
-        count = tokens_of_rank(tokens, (rank - step) % size, length)
+    peers = peers_of(group, own[0].device)
+    for step, block in enumerate(_passed_on(torch.stack(own), group) if peers is None else peers.blocks(own)):
+        count = tokens_of_rank(tokens, (group.rank() - step) % group.size(), own[0].shape[1])
         yield tuple(x[:, :count] for x in block)
-        if coming is not None:
-            block = coming.wait()
+
+
+def _passed_on(block: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
+    """The blocks of all ranks, each on its way to the next rank meanwhile."""
+    for _ in range(group.size() - 1):
+        coming = _Shift(block, group)
+        yield block
+        block = coming.wait()
+    yield block
 
 
 class _Shift:

@@ -1,0 +1,87 @@
+"""On every GPU: Wan in bfloat16 under each mesh against float64 on one GPU, and bfloat16 there (test_parallel.py)."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from oracle import small_model
+from ranks_wan import GRIDS, MODES, relative, run
+
+from rcm_mcore.config import MeshConfig, resolve_mesh
+from rcm_mcore.models.common.parameters import full_shape, load_full, local_shard
+from rcm_mcore.models.wan import build_wan
+from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
+
+MESHES = {
+    2: {
+        "tp2-sp": MeshConfig(tp=2, sp=True),
+        "cp2-ring": MeshConfig(cp=2, cp_mode="ring"),
+        "cp2-all_to_all": MeshConfig(cp=2, cp_mode="all_to_all"),
+    },
+    4: {
+        "cp4-ring": MeshConfig(cp=4, cp_mode="ring"),
+        "cp4-all_to_all": MeshConfig(cp=4, cp_mode="all_to_all"),
+        "cp4-two_level": MeshConfig(cp=4, cp_mode="two_level"),
+        "tp2-sp-cp2-all_to_all": MeshConfig(tp=2, sp=True, cp=2, cp_mode="all_to_all"),
+        "tp2-sp-cp2-ring": MeshConfig(tp=2, sp=True, cp=2, cp_mode="ring"),
+    },
+    8: {
+        "cp8-ring": MeshConfig(cp=8, cp_mode="ring"),
+        "cp8-two_level": MeshConfig(cp=8, cp_mode="two_level", cp_inner=4),
+        "tp2-sp-cp4-two_level": MeshConfig(tp=2, sp=True, cp=4, cp_mode="two_level"),
+    },
+}
+
+
+def model(dtype):
+    """Heads of 64, which the GPU kernels take."""
+    return small_model(hidden_size=256, num_attention_heads=4, dtype=dtype)
+
+
+def random_weights(net):
+    """By name, none of them zero; the same on every rank."""
+    weights = {}
+    for i, (name, p) in enumerate(net.named_parameters()):
+        values = torch.randn(full_shape(p, net.tp_group), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        weights[name] = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.08 * values
+    return weights
+
+
+def compute(config, dtype, mode, grid):
+    """Output, tangent and gradients under a mesh, and the parameters they belong to."""
+    mesh = make_mesh(resolve_mesh(model(dtype), config, ranks_per_node=dist.get_world_size())[0])
+    net = build_wan(model(dtype), mesh.config, mesh.groups)
+    load_full(net, random_weights(net), mesh.tp_group)
+    out, tangent, grads = run(net, mode, grid, device="cuda")
+    params, group = dict(net.named_parameters()), mesh.tp_group
+    shard = lambda name, full: local_shard(full, params[name], group)
+    destroy_mesh()
+    return {"out": out, "tangent": tangent}, grads, shard
+
+
+def main(folder):
+    results = {}
+    make_mesh(MeshConfig())
+    destroy_mesh()
+    for tokens, grid in GRIDS.items():
+        exact, exact_grads, _ = compute(MeshConfig(), "float64", "none", grid)
+        for mode in MODES:
+            plain, plain_grads, _ = compute(MeshConfig(), "bfloat16", mode, grid)
+            for name, config in MESHES[dist.get_world_size()].items():
+                outs, grads, shard = compute(config, "bfloat16", mode, grid)
+                errors = {n: (relative(x.double(), exact[n]), relative(plain[n].double(), exact[n])) for n, x in outs.items()}
+                for n, g in grads.items():
+                    want = shard(n, exact_grads[n])
+                    errors[n] = relative(g.double(), want), relative(shard(n, plain_grads[n]).double(), want)
+                everyone = [None] * dist.get_world_size()
+                dist.all_gather_object(everyone, errors)
+                results[f"{name} {tokens} {mode}"] = {n: [max(e[n][i] for e in everyone) for i in (0, 1)] for n in errors}
+    if dist.get_rank() == 0:
+        (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
