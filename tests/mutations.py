@@ -333,11 +333,34 @@ PORTABLE = _mutations(
 RING = _mutations(
     "rcm_mcore/parallel/ring.py",
     "tests/test_ring.py",
-    ("share * (1 - share) * (b.lse_dot - a.lse_dot)", "torch.zeros_like(share)", "test_equals_one_rank[2-24-out_dot]"),
-    ("torch.lerp(a.lse_dot, b.lse_dot, share)", "a.lse_dot", "test_equals_one_rank[2-24-lse_dot]"),
-    ("block[:, :, :count]\n", "block\n", "test_equals_one_rank[2-21-out]"),
+    ("yield tuple(x[:, :count] for x in block)\n", "yield tuple(block)\n", "test_equals_one_rank[2-21-out]"),
     ("d_block[0, :, :count] += parts[1]", "d_block[0, :, :count] = parts[1]", "test_equals_one_rank[2-24-dk]"),
-    ("yield (rank - step) % size, block", "yield (rank + step) % size, block", "test_equals_one_rank[4-21-out]"),
+    ("(group.rank() - step) % group.size()", "(group.rank() + step) % group.size()", "test_equals_one_rank[4-21-out]"),
+    ("yield tuple(x[:, :tokens] for x in own)", "yield own", "test_equals_one_rank[1-21-out]"),
+) + _mutations(
+    "kernels/rcm_kernels/merge.py",
+    "tests/test_ring.py",
+    ("weight * (rate - lse_dot)", "weight * rate", "test_equals_one_rank[2-24-out_dot]"),
+    ("(weights * torch.stack(lse_dots)).sum(0)", "lse_dots[0]", "test_equals_one_rank[2-24-lse_dot]"),
+) + _mutations(
+    "kernels/rcm_kernels/merge_kernel.py",
+    "tests/test_merge.py",
+    ("mask=here, other=0.0) - rate)", "mask=here, other=0.0))", "test_the_kernel_equals_pytorch[dtype0-cpu-16]"),
+    ("- highest) / total", "- highest)", "test_the_kernel_equals_pytorch[dtype0-cpu-16]"),
+) + _mutations(
+    "rcm_mcore/parallel/exchange.py",
+    "tests/test_parallel.py",
+    ("ctx.join, ctx.split)", "ctx.split, ctx.join)", "test_equals_one_rank[2-cp2-all_to_all-72-none]"),
+) + _mutations(
+    "rcm_mcore/models/wan/model.py",
+    "tests/test_parallel.py",
+    ("self._cp_rank_rows(cos), self._cp_rank_rows(sin)", "cos[: -(-tokens // 2)], sin[: -(-tokens // 2)]",
+     "test_equals_one_rank[2-cp2-ring-72-none]"),
+    ("self._gather(rows)[:tokens]", "self._gather(rows).roll(1, 0)[:tokens]", "test_equals_one_rank[2-cp2-ring-45-none]"),
+) + _mutations(
+    "rcm_mcore/training/setup.py",
+    "tests/test_training.py",
+    ("reads=mesh.sample_group.rank() == 0", "reads=True", "test_equals_one_rank[cp2]"),
 )  # fmt: skip
 
 DATA = _mutations(

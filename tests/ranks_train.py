@@ -1,4 +1,7 @@
-"""On every rank: train each configuration of a list in turn, as the command line would (test_training.py, test_resume.py)."""
+"""On every rank: train each configuration of a list in turn, as the command line would (test_training.py, test_resume.py).
+
+Of the ranks that work on the same samples one must read them, and no other.
+"""
 
 import logging
 import sys
@@ -7,18 +10,25 @@ from pathlib import Path
 import torch.distributed as dist
 
 from rcm_mcore.config import load_config
+from rcm_mcore.data import RankReaders
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
 from rcm_mcore.training.loop import train
 from rcm_mcore.training.setup import check
 
+reads = []
+
 
 def main(folder):
+    read = RankReaders.read
+    RankReaders.read = lambda self, k: (reads.append(k), read(self, k))[1]
     logging.getLogger("megatron").setLevel(logging.ERROR)
     init_distributed()
     for path in (folder / f"world_{dist.get_world_size()}.txt").read_text().split():
         config = load_config(path)
         check(config, dist.get_world_size())
-        train(config)
+        reads.clear()
+        mesh = train(config).mesh
+        assert bool(reads) == (mesh.sample_group.rank() == 0), f"rank {dist.get_rank()} read {len(reads)} samples"
         destroy_mesh()
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text("{}")

@@ -182,22 +182,17 @@ WAN_14B = ModelConfig(size="14B", num_layers=40, hidden_size=5120, num_attention
     "model, mesh, ranks_per_node, wanted, reason",
     [
         (WAN_1_3B, MeshConfig(), 8, ("ring", 1), "one rank holds all tokens"),
-        (
-            WAN_14B,
-            MeshConfig(cp=8),
-            8,
-            ("all_to_all", 8),
-            "all_to_all: the ranks divide the heads .*40 heads .* 8 ranks a node",
-        ),
-        (WAN_1_3B, MeshConfig(cp=8), 8, ("two_level", 4), "two_level, 4 ranks exchange heads: 4 is the most .*12 heads"),
-        (WAN_14B, MeshConfig(tp=2, cp=4), 8, ("all_to_all", 4), "20 heads"),
+        (WAN_14B, MeshConfig(cp=8), 8, ("ring", 1), "ring: the ranks are within a node.*40 heads .* 8 ranks a node"),
+        (WAN_14B, MeshConfig(tp=2, cp=4), 8, ("ring", 1), "20 heads"),
+        (WAN_14B, MeshConfig(tp=2, cp=8), 8, ("two_level", 4), "two_level, 4 ranks exchange heads: fewest transfers"),
+        (WAN_1_3B, MeshConfig(cp=16), 8, ("two_level", 4), "4 ranks exchange heads"),
+        (WAN_14B, MeshConfig(cp=16), 8, ("two_level", 8), "8 ranks exchange heads"),
         (WAN_14B, MeshConfig(tp=8, cp=4), 8, ("ring", 1), "ring: no number of ranks within a node divides the heads"),
-        (WAN_14B, MeshConfig(tp=2, cp=8), 8, ("two_level", 4), "4 is the most"),
         (WAN_14B, MeshConfig(cp=8, cp_mode="ring"), 8, ("ring", 1), "ring: as configured"),
+        (WAN_14B, MeshConfig(cp=8, cp_mode="all_to_all"), 8, ("all_to_all", 8), "all_to_all: as configured"),
         (WAN_14B, MeshConfig(cp=16, cp_mode="two_level"), 8, ("two_level", 8), "8 ranks exchange heads: as configured"),
         (WAN_14B, MeshConfig(cp=8, cp_mode="two_level", cp_inner=2), 8, ("two_level", 2), "as configured"),
         (WAN_14B, MeshConfig(cp=4, cp_mode="two_level"), 1, ("two_level", 2), "as configured"),
-        (WAN_14B, MeshConfig(cp=40, cp_mode="all_to_all"), 8, ("all_to_all", 40), "as configured"),
     ],
 )
 def test_mode_of_context_parallelism(model, mesh, ranks_per_node, wanted, reason):

@@ -74,6 +74,17 @@ def test_order_is_the_same_under_every_data_parallel_size(shards, batch, size):
     assert state["samples"] == 48 and set(state["readers"]) == set(range(READERS))
 
 
+def test_a_loader_that_does_not_read_hands_out_the_same_slots(tmp_path):
+    write_good(tmp_path / "shard_0.tar", range(4))
+    config = make_config(tmp_path, readers=1)
+    with make_loader(config) as reading, make_loader(config, reads=False) as other:
+        batches = [next(reading) for _ in range(3)]
+        (tmp_path / "shard_0.tar").unlink()  # what is not opened is not missed
+        others = [next(other) for _ in range(3)]
+    assert [(b.slots, b.step, b.state["samples"]) for b in others] == [(b.slots, b.step, b.state["samples"]) for b in batches]
+    assert all(len(b.latents) == 4 for b in batches) and all(len(b.latents) == 0 for b in others)
+
+
 def test_each_epoch_deals_every_shard_once_in_another_order():
     deals = [[deal_shards(9, readers=4, reader=v, seed=SEED, epoch=e) for v in range(4)] for e in range(3)]
     assert all(sorted(chain(*deal)) == list(range(9)) for deal in deals)

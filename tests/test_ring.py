@@ -1,7 +1,11 @@
 """Attention round a ring of ranks, for duals and for tensors with their gradients (the ranks run ranks_ring.py)."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
-from launch import run_ranks
+from launch import HERE, environment, run_ranks
 from ranks_ring import LENGTHS
 
 from rcm_mcore.parallel.ring import tokens_of_rank
@@ -34,3 +38,25 @@ def test_blocks_hold_every_token_once(tokens, size):
     counts = [tokens_of_rank(tokens, rank, -(-tokens // size)) for rank in range(size)]
     assert sum(counts) == tokens and counts == sorted(counts, reverse=True)
     assert all(count == counts[0] for count in counts[: tokens // counts[0]])
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_rank_is_an_error_within_the_timeout(end):
+    """The ranks are started by hand: torchrun would end the survivor itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    command = [sys.executable, str(HERE / "ranks_lost.py"), end]
+    start = lambda rank: subprocess.Popen(
+        command, env=environment(**common, RANK=str(rank), LOCAL_RANK=str(rank)), stderr=subprocess.PIPE, text=True
+    )
+    survivor, lost = start(0), start(1)
+    try:
+        _, message = survivor.communicate(timeout=60)  # the timeout of its mesh is 6 s; the rest is starting up
+        assert survivor.returncode == 1
+        assert "closed by peer" in message or "imed out" in message or "onnection reset" in message, message[-2000:]
+    finally:
+        for process in (survivor, lost):
+            process.kill()
+            process.communicate()

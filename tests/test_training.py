@@ -1,7 +1,10 @@
 """An rCM cycle under every mesh against one rank: losses, |g|, gradients, weights, EMA."""
 
 import pytest
+import ranks_sample
 import tiny
+import torch
+from launch import run_ranks
 
 CASES = {
     "tp2": (2, dict(mesh={"tp": 2})),
@@ -61,3 +64,17 @@ def test_equals_one_rank(runs, name):
         others = {k: v for k, v in found.items() if k not in gradients}
         assert {k: v for k, v in gradients.items() if not v <= 1e-3} == {}
         assert {k: v for k, v in others.items() if not v <= 2e-5} == {}
+
+
+@pytest.fixture(scope="module")
+def samples(runs):
+    for world_size in ranks_sample.MESHES:
+        run_ranks(world_size, "ranks_sample.py", runs)
+    return lambda name: torch.load(runs / f"samples_{name}.pt")
+
+
+@pytest.mark.parametrize("name", ranks_sample.MESHES[2])
+def test_samples_equal_those_of_one_rank(samples, name):
+    """Twelve tokens in latents longer than those trained on."""
+    assert samples("one").std() > 0.1
+    torch.testing.assert_close(samples(name), samples("one"), rtol=1e-4, atol=1e-5)

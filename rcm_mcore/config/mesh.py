@@ -20,7 +20,7 @@ class MeshConfig:
     sp: bool = False  # sequence parallelism over the tensor-parallel ranks, between the parallel linears
     cp: int = 1  # context-parallel size: the tokens of a sample are split over it
     # How attention reaches the tokens of other ranks: keys travel round a ring; heads are exchanged for tokens; or heads within
-    # groups of cp_inner ranks, and rings between groups. auto: heads, among as many ranks of a node as their number allows.
+    # groups of cp_inner ranks, and rings between groups. auto: a ring within a node, two levels beyond it if the heads allow.
     cp_mode: Literal["auto", "ring", "all_to_all", "two_level"] = "auto"
     cp_inner: int | None = None  # two_level: ranks that exchange heads; none: as many as can
     timeout_minutes: float = 30.0  # a collective that waits longer for another rank fails
@@ -117,14 +117,12 @@ def resolve_mesh(model: ModelConfig, mesh: MeshConfig, *, ranks_per_node: int) -
     elif mode == "two_level":
         between = [n for n in near if 1 < n < mesh.cp] or [n for n in inner if 1 < n < mesh.cp][:1]
         size = mesh.cp_inner or between[-1]
+    elif mode == "auto" and ranks_per_node % (mesh.cp * mesh.tp) == 0:
+        mode, why = "ring", "the ranks are within a node, where keys travel beside the kernels"
     elif mode == "auto":
-        size = max(near, default=1)
-        mode = "ring" if size == 1 else "all_to_all" if size == mesh.cp else "two_level"
-        why = {
-            "ring": "no number of ranks within a node divides the heads",
-            "all_to_all": "the ranks divide the heads and are within a node",
-            "two_level": f"{size} is the most ranks within a node that divide the heads",
-        }[mode]
+        size = max((n for n in near if n < mesh.cp), default=1)
+        mode = "ring" if size == 1 else "two_level"
+        why = "fewest transfers between nodes" if size > 1 else "no number of ranks within a node divides the heads"
     if mesh.cp == 1:
         return replace(mesh, cp_mode="ring", cp_inner=1), "one rank holds all tokens"
     text = {"ring": "ring", "all_to_all": "all_to_all", "two_level": f"two_level, {size} ranks exchange heads"}[mode]

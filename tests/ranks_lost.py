@@ -1,0 +1,27 @@
+"""One rank of a ring in which rank 1 dies, or stops for good, between two steps (test_ring.py)."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from rcm_mcore.config import MeshConfig
+from rcm_mcore.parallel.mesh import make_mesh
+from rcm_mcore.parallel.ring import ring_attention
+
+
+def main(end):
+    mesh = make_mesh(MeshConfig(cp=2, cp_mode="ring", cp_inner=1, timeout_minutes=0.1))
+    q = torch.ones(1, 4, 1, 16)
+    for step in range(3):
+        if step == 2 and dist.get_rank() == 1:
+            print(f"{time.time():.2f} lost", flush=True)
+            os.kill(os.getpid(), getattr(signal, end))
+        ring_attention(q, q, q, tokens=8, group=mesh.groups.hcp[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
