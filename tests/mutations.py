@@ -336,7 +336,6 @@ RING = _mutations(
     ("yield tuple(x[:, :count] for x in block)\n", "yield tuple(block)\n", "test_equals_one_rank[2-21-out]"),
     ("d_block[0, :, :count] += parts[1]", "d_block[0, :, :count] = parts[1]", "test_equals_one_rank[2-24-dk]"),
     ("(group.rank() - step) % group.size()", "(group.rank() + step) % group.size()", "test_equals_one_rank[4-21-out]"),
-    ("yield tuple(x[:, :tokens] for x in own)", "yield own", "test_equals_one_rank[1-21-out]"),
 ) + _mutations(
     "kernels/rcm_kernels/merge.py",
     "tests/test_ring.py",
@@ -354,9 +353,13 @@ RING = _mutations(
 ) + _mutations(
     "rcm_mcore/models/wan/model.py",
     "tests/test_parallel.py",
-    ("self._cp_rank_rows(cos), self._cp_rank_rows(sin)", "cos[: -(-tokens // 2)], sin[: -(-tokens // 2)]",
+    (".chunk(self.cp_group.size())[self.cp_group.rank()]", ".chunk(self.cp_group.size())[0]",
      "test_equals_one_rank[2-cp2-ring-72-none]"),
     ("self._gather(rows)[:tokens]", "self._gather(rows).roll(1, 0)[:tokens]", "test_equals_one_rank[2-cp2-ring-45-none]"),
+) + _mutations(
+    "rcm_mcore/parallel/ring.py",
+    "tests/test_parallel.py",
+    ("yield tuple(x[:, :tokens] for x in own)", "yield own", "test_equals_one_rank[2-tp2-sp-45-none]"),
 ) + _mutations(
     "rcm_mcore/training/setup.py",
     "tests/test_training.py",

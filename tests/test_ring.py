@@ -40,13 +40,16 @@ def test_blocks_hold_every_token_once(tokens, size):
     assert all(count == counts[0] for count in counts[: tokens // counts[0]])
 
 
+@pytest.mark.parametrize("gpus", [0, pytest.param(2, marks=pytest.mark.gpu2)])
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_rank_is_an_error_within_the_timeout(end):
+def test_a_lost_rank_is_an_error_within_the_timeout(end, gpus):
     """The ranks are started by hand: torchrun would end the survivor itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    if not gpus:
+        common["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, str(HERE / "ranks_lost.py"), end]
     start = lambda rank: subprocess.Popen(
         command, env=environment(**common, RANK=str(rank), LOCAL_RANK=str(rank)), stderr=subprocess.PIPE, text=True
@@ -54,8 +57,9 @@ def test_a_lost_rank_is_an_error_within_the_timeout(end):
     survivor, lost = start(0), start(1)
     try:
         _, message = survivor.communicate(timeout=60)  # the timeout of its mesh is 6 s; the rest is starting up
-        assert survivor.returncode == 1
-        assert "closed by peer" in message or "imed out" in message or "onnection reset" in message, message[-2000:]
+        assert survivor.returncode not in (0, None)
+        wanted = ("closed by peer", "imed out", "onnection reset", "timeout", "launch failure")
+        assert any(words in message for words in wanted), message[-2000:]
     finally:
         for process in (survivor, lost):
             process.kill()

@@ -1,4 +1,4 @@
-"""Time attention with tangents, and a whole dual layer, over context-parallel ranks.
+"""Time attention with tangents, its forward and backward, and a whole dual layer, over context-parallel ranks.
 
     torchrun --nproc-per-node 8 tools/benchmark_context_parallel.py --out DIR [--tokens 32760 75600] [--heads 40]
     python tools/benchmark_context_parallel.py --picture DIR
@@ -101,6 +101,17 @@ def attention_row(mesh: Mesh, tokens: int, heads: int, repeats: int) -> dict[str
     return row
 
 
+def gradient_row(mesh: Mesh, tokens: int, heads: int, repeats: int) -> dict[str, Any]:
+    """Time and memory of forward and backward of attention without tangents."""
+    attend = SplitAttention(*mesh.groups.hcp)
+    q, k, v = (x.primal.clone().requires_grad_() for x in inputs(tokens, heads, mesh))
+    dout = torch.randn(len(q), 1, heads * WIDTH, device="cuda", dtype=q.dtype)
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    time = seconds(lambda: torch.autograd.grad(attend(q, k, v, tokens=tokens), (q, k, v), dout), repeats)
+    return {"seconds": time, "gib": (torch.cuda.max_memory_allocated() - base) / 2**30}
+
+
 def _computing(q: Dual, k: Dual, v: Dual, tokens: int, mesh: Mesh) -> None:
     """The kernels of an attention on blocks of this rank's own, as often as blocks would come."""
     exchange, rounds = mesh.groups.hcp[0], mesh.groups.hcp[1]
@@ -182,12 +193,15 @@ def measure(args: argparse.Namespace) -> int:
         mesh = make_mesh(resolve_mesh(model, config, ranks_per_node=world)[0])
         for tokens in args.tokens:
             name = config.cp_mode + (f" {config.cp_inner}" if config.cp_inner else "") if config.cp > 1 else "alone"
-            row = {"what": "attention", "cp": config.cp, "mode": name, "tokens": tokens, "heads": args.heads}
+            row = {"what": "with tangents", "cp": config.cp, "mode": name, "tokens": tokens, "heads": args.heads}
             rows.append(row | attention_row(mesh, tokens, args.heads, args.repeats))
-            if args.heads == 40 and "failed" not in rows[-1]:
+            if "failed" in rows[-1]:
+                continue
+            rows.append(row | {"what": "forward and backward"} | gradient_row(mesh, tokens, args.heads, args.repeats))
+            if args.heads == 40:
                 rows.append(row | {"what": "dual layer of 14B"} | layer_row(mesh, tokens, args.repeats))
             if rank == 0:
-                print(*(json.dumps(r) for r in rows[-2:]), sep="\n", file=sys.stderr, flush=True)
+                print(*(json.dumps(r) for r in rows[-3:]), sep="\n", file=sys.stderr, flush=True)
             if args.trace and config.cp == max(c.cp for c in meshes(world, args.heads)) and args.out:
                 trace(mesh, tokens, args.heads, args.out / f"trace_cp{config.cp}_{name.replace(' ', '_')}_{tokens}.json")
         destroy_mesh()

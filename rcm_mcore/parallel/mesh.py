@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from rcm_mcore.config import MeshConfig
-from rcm_mcore.parallel import cpu
+from rcm_mcore.parallel import cpu, shared_memory
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _levels(cp_group: dist.ProcessGroup, config: MeshConfig) -> list[dist.Proces
 
 def destroy_mesh() -> None:
     """Forget megatron's groups (the default process group stays)."""
+    shared_memory.forget()
     parallel_state.destroy_model_parallel()
 
 

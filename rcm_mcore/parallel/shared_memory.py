@@ -41,6 +41,11 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     return _peers[group]
 
 
+def forget() -> None:
+    """Free every buffer; for when the groups are gone."""
+    _peers.clear()
+
+
 class Peers:
     """Ranks whose tensors this rank can read. Every rank must call `blocks` in the same order with the same shapes."""
 
@@ -48,6 +53,8 @@ class Peers:
         self.group, self.device, self.stream = group, device, torch.cuda.Stream(device)
         self.published: list[tuple[Tensor, Any]] = []  # two, used in turn: while one is read the other may be written
         self.turn = 0
+        timeout = group._get_backend(device).options._timeout  # a process group shows it nowhere else
+        self.timeout_ms = int(timeout.total_seconds() * 1000)
 
     def blocks(self, own: tuple[Tensor, ...]) -> Iterator[Tensor]:
         """The stacked tensors of this rank, then those of the rank before it, and so on round the group.
@@ -61,7 +68,7 @@ class Peers:
         for part, x in zip(block, own):
             part.copy_(x)  # torch.stack is several times slower where x is strided
         # After it, what the others published may be read; and their reads of the call before the last are over.
-        handle.barrier(channel=0)
+        handle.barrier(channel=0, timeout_ms=self.timeout_ms)
         computing = torch.cuda.current_stream(self.device)
         for step in range(1, size + 1):
             coming = None
