@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from rcm_kernels import Partial, flash_attention, flash_attention_backward, flash_attention_jvp, merge
 from torch import Tensor
 
-from rcm_mcore.parallel.shared_memory import peers_of
+from rcm_mcore.parallel.shared_memory import PartsHome, peers_of
 
 
 def tokens_of_rank(tokens: int, rank: int, block: int) -> int:
@@ -101,25 +101,16 @@ class _RingAttention(torch.autograd.Function):
             if padding := k.shape[1] - keys.shape[1]:
                 dk, dv = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (dk, dv))
             return dq, dk, dv, *(None,) * 5
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.zeros_like(q, dtype=wide)
-        # dk and dv follow their block one step behind it; the last step brings them home.
-        d_block = torch.zeros(2, *k.shape, dtype=wide, device=k.device)
-        coming: _Shift | None = None
+        dq = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        peers = peers_of(ctx.group, q.device)
+        home: PartsHome | _PassedHome = _PassedHome(ctx.group, (k, v)) if peers is None else PartsHome(peers, (k, v))
         for keys, values in _blocks((k, v), ctx.tokens, ctx.group):
-            parts, count = None, keys.shape[1]
-            if count:
-                parts = flash_attention_backward(dout, q, keys, values, out, lse, scale=ctx.scale)
-                dq += parts[0]
-            if coming is not None:
-                d_block = coming.wait()
-            if parts is not None:
-                d_block[0, :, :count] += parts[1]
-                d_block[1, :, :count] += parts[2]
-            coming = _Shift(d_block, ctx.group)
-        assert coming is not None, "a ring has at least two ranks"
-        dk, dv = coming.wait()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 5
+            parts = keys, values  # nothing, for a block of padding alone
+            if keys.shape[1]:
+                dq_part, *parts = flash_attention_backward(dout, q, keys, values, out, lse, scale=ctx.scale)
+                dq += dq_part
+            home.add(tuple(parts))
+        return dq.to(q.dtype), *home.total(), *(None,) * 5
 
 
 def _filled_blocks(own: tuple[Tensor, ...], tokens: int, group: dist.ProcessGroup | None) -> Iterator[tuple[Tensor, ...]]:
@@ -145,6 +136,29 @@ def _passed_on(block: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
         yield block
         block = coming.wait()
     yield block
+
+
+class _PassedHome:
+    """As `PartsHome`: sums in float32 or better that follow their block one step behind it; the last step brings them home."""
+
+    def __init__(self, group: dist.ProcessGroup, like: tuple[Tensor, ...]) -> None:
+        self.group, self.dtype = group, like[0].dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.sums = torch.zeros(len(like), *like[0].shape, dtype=wide, device=like[0].device)
+        self.coming: _Shift | None = None
+
+    def add(self, parts: tuple[Tensor, ...]) -> None:
+        """What this rank contributes to the block that came last."""
+        if self.coming is not None:
+            self.sums = self.coming.wait()
+        for total, part in zip(self.sums, parts):
+            total[:, : part.shape[1]] += part
+        self.coming = _Shift(self.sums, self.group)
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sums of this rank's block."""
+        assert self.coming is not None, "a ring has at least two ranks"
+        return self.coming.wait().to(self.dtype).unbind(0)
 
 
 class _Shift:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,11 @@ def forget() -> None:
 
 
 class Peers:
-    """Ranks whose tensors this rank can read. Every rank must call `blocks` in the same order with the same shapes."""
+    """Ranks whose tensors this rank can read. Every rank must make the same calls in the same order with the same shapes."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device, self.stream = group, device, torch.cuda.Stream(device)
-        self.published: list[tuple[Tensor, Any]] = []  # two, used in turn: while one is read the other may be written
-        self.turn = 0
-        timeout = group._get_backend(device).options._timeout  # a process group shows it nowhere else
-        self.timeout_ms = int(timeout.total_seconds() * 1000)
+        self.blocks_shown, self.parts_shown = _Shown(group, device), _Shown(group, device)
 
     def blocks(self, own: tuple[Tensor, ...]) -> Iterator[Tensor]:
         """The stacked tensors of this rank, then those of the rank before it, and so on round the group.
@@ -62,36 +59,91 @@ class Peers:
         Each is copied here while the caller works on the one before. Tensors [...] of one shape and dtype -> [n, ...].
         """
         size, rank = self.group.size(), self.group.rank()
-        shape, dtype = (len(own), *own[0].shape), own[0].dtype
-        buffer, handle = self._next(math.prod(shape) * dtype.itemsize)
-        block = buffer[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-        for part, x in zip(block, own):
-            part.copy_(x)  # torch.stack is several times slower where x is strided
-        # After it, what the others published may be read; and their reads of the call before the last are over.
-        handle.barrier(channel=0, timeout_ms=self.timeout_ms)
+        block, theirs = self.blocks_shown.show((len(own), *own[0].shape), own[0].dtype, own)
         computing = torch.cuda.current_stream(self.device)
         for step in range(1, size + 1):
             coming = None
             if step < size:
-                coming = torch.empty(shape, dtype=dtype, device=self.device)
+                coming = torch.empty_like(block)
                 self.stream.wait_stream(computing)  # the memory of `coming` may still be read there
                 with torch.cuda.stream(self.stream):
-                    coming.copy_(handle.get_buffer((rank - step) % size, shape, dtype))
+                    coming.copy_(theirs((rank - step) % size))
             yield block
             if coming is not None:
                 computing.wait_stream(self.stream)
                 block = coming
 
-    def _next(self, count: int) -> tuple[Tensor, Any]:
-        """The buffer to publish in, of at least `count` bytes, and its handle."""
-        if not self.published or self.published[0][0].numel() < count:
-            import torch.distributed._symmetric_memory as symmetric
 
-            torch.cuda.synchronize(self.device)
-            dist.barrier(self.group)  # nobody reads the old buffers any more
-            self.published.clear()
-            for _ in range(2):
-                buffer = symmetric.empty(-(-count // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=self.device)
-                self.published.append((buffer, symmetric.rendezvous(buffer, self.group)))
+class PartsHome:
+    """Sums of what each rank of a ring contributes to every block: those of block i end on rank i."""
+
+    def __init__(self, peers: Peers, like: tuple[Tensor, ...]) -> None:
+        """like: tensors [B, s, ...] in the shape and dtype of a whole block."""
+        self.peers, self.step = peers, 0
+        # Parts to this rank's block, by how far round the ring they were computed.
+        shape = (peers.group.size(), len(like), *like[0].shape)
+        self.parts = torch.empty(shape, dtype=like[0].dtype, device=peers.device)
+
+    def add(self, parts: tuple[Tensor, ...]) -> None:
+        """What this rank contributes to the block that `Peers.blocks` gave last; shorter than a block where it is padded."""
+        peers, size = self.peers, self.peers.group.size()
+        computing = torch.cuda.current_stream(peers.device)
+        if self.step == 0:
+            _fill(self.parts[0], parts)
+        else:
+            computing.wait_stream(peers.stream)  # reads of the step before the last are over, here and after the barrier
+            _, theirs = peers.parts_shown.show(self.parts.shape[1:], self.parts.dtype, parts)
+            peers.stream.wait_stream(computing)
+            with torch.cuda.stream(peers.stream):
+                self.parts[self.step].copy_(theirs((peers.group.rank() + self.step) % size))
+        self.step += 1
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sums, formed in float32 and rounded once."""
+        assert self.step == len(self.parts), f"{self.step} of {len(self.parts)} blocks were visited"
+        torch.cuda.current_stream(self.peers.device).wait_stream(self.peers.stream)
+        return self.parts.sum(0).unbind(0)
+
+
+class _Shown:
+    """Memory of this rank that the others read: two buffers used in turn, so that one may be written while one is read."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device, self.turn = group, device, 0
+        self.buffers: list[tuple[Tensor, Any]] = []
+        timeout = group._get_backend(device).options._timeout  # a process group shows it nowhere else
+        self.timeout_ms = int(timeout.total_seconds() * 1000)
+
+    def show(
+        self, shape: tuple[int, ...], dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Callable[[int], Tensor]]:
+        """`tensors` stacked and padded to `shape` in the next buffer, and a function from a rank to its buffer.
+
+        Waits, on the stream, until every rank has shown its own; their reads of the buffer before the last must be over.
+        """
+        count = math.prod(shape) * dtype.itemsize
+        if not self.buffers or self.buffers[0][0].numel() < count:
+            self._grow(count)
         self.turn ^= 1
-        return self.published[self.turn]
+        buffer, handle = self.buffers[self.turn]
+        mine = buffer[:count].view(dtype).view(shape)
+        _fill(mine, tensors)
+        handle.barrier(channel=0, timeout_ms=self.timeout_ms)
+        return mine, lambda rank: handle.get_buffer(rank, shape, dtype)
+
+    def _grow(self, count: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        torch.cuda.synchronize(self.device)
+        dist.barrier(self.group)  # nobody reads the old buffers any more
+        self.buffers.clear()
+        for _ in range(2):
+            buffer = symmetric.empty(-(-count // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8, device=self.device)
+            self.buffers.append((buffer, symmetric.rendezvous(buffer, self.group)))
+
+
+def _fill(block: Tensor, tensors: tuple[Tensor, ...]) -> None:
+    """Tensors [B, s', ...] into block [n, B, s, ...], zeros behind them. (torch.stack is slow where they are strided.)"""
+    for part, x in zip(block, tensors):
+        part[:, : x.shape[1]].copy_(x)
+        part[:, x.shape[1] :].zero_()
