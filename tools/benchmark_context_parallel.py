@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +242,18 @@ def picture(folder: Path) -> int:
     from matplotlib.figure import Figure
 
     rows = [r for r in json.loads((folder / "context_parallel.json").read_text()) if "failed" not in r]
-    kinds = sorted({(r["what"], r["tokens"]) for r in rows})
-    figure = Figure(figsize=(4 * len(kinds), 3.6), layout="constrained")
+    lengths, whats = sorted({r["tokens"] for r in rows}), list(dict.fromkeys(r["what"] for r in rows))
+    figure = Figure(figsize=(3.6 * len(whats), 2.8 * len(lengths)), layout="constrained")
     FigureCanvasAgg(figure)
-    for i, (what, tokens) in enumerate(kinds):
-        axes = figure.add_subplot(1, len(kinds), i + 1, title=f"{what}, {tokens:,} tokens", xlabel="GPUs", ylim=(0, 1.1))
+    for i, (tokens, what) in enumerate(product(lengths, whats)):
+        axes = figure.add_subplot(len(lengths), len(whats), i + 1, title=f"{what}, {tokens:,} tokens", ylim=(0.7, 1.1))
         here = [r for r in rows if (r["what"], r["tokens"]) == (what, tokens)]
         for mode in dict.fromkeys(r["mode"] for r in here if r["cp"] > 1):
             points = [(r["cp"], r["rate"]) for r in here if r["mode"] in ("alone", mode)]
             axes.plot(*zip(*points), marker="o", label=mode)
         axes.set_xticks(sorted({r["cp"] for r in here}))
-        axes.set_ylabel("rate per GPU, one GPU alone = 1" if i == 0 else "")
+        axes.set_xlabel("GPUs" if i >= len(whats) * (len(lengths) - 1) else "")
+        axes.set_ylabel("" if i % len(whats) else "rate per GPU, one alone = 1")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left", fontsize=7)
     figure.savefig(folder / "scaling.png", dpi=110)
