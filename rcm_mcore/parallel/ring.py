@@ -105,11 +105,11 @@ class _RingAttention(torch.autograd.Function):
         peers = peers_of(ctx.group, q.device)
         home: PartsHome | _PassedHome = _PassedHome(ctx.group, (k, v)) if peers is None else PartsHome(peers, (k, v))
         for keys, values in _blocks((k, v), ctx.tokens, ctx.group):
-            parts = keys, values  # nothing, for a block of padding alone
+            dk, dv = keys, values  # nothing, for a block of padding alone
             if keys.shape[1]:
-                dq_part, *parts = flash_attention_backward(dout, q, keys, values, out, lse, scale=ctx.scale)
+                dq_part, dk, dv = flash_attention_backward(dout, q, keys, values, out, lse, scale=ctx.scale)
                 dq += dq_part
-            home.add(tuple(parts))
+            home.add((dk, dv))
         return dq.to(q.dtype), *home.total(), *(None,) * 5
 
 
