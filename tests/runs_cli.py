@@ -31,7 +31,7 @@ def full_disk_after_first_save(run):
 def nan_weight_after_first_save(run):
     save(run)
     with torch.no_grad():
-        run.networks[0].net.blocks[0].ffn.linear_fc1.weight[0, 0] = torch.nan
+        run.networks[0].net.blocks["0"].ffn.linear_fc1.weight[0, 0] = torch.nan
 
 
 def nan_in_one_sample_of_step_2(config, batch):

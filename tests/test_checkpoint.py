@@ -180,9 +180,9 @@ def trained(mesh, tmp_path_factory):
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
         one = make_trained(name, net, CONFIG, mesh, peak_lr=1e-2, total_steps=9, has_ema=has_ema)
         if has_ema:
-            for group in one.optimizer.optimizer.param_groups:
-                for p in group["params"]:
-                    one.optimizer.optimizer.state[p]["ema"].add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+            for part in one.optimizer.parts.values():
+                for p in (p for group in part.optimizer.param_groups for p in group["params"]):
+                    part.optimizer.state[p]["ema"].add_(torch.randn(p.shape, generator=generator), alpha=0.1)
         networks.append(one)
     folder = CheckpointFolder(tmp_path_factory.mktemp("trained") / "run")
     state = RunState(step=5, own_steps={"student": 3, "fake_score": 2}, data={})

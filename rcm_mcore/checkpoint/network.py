@@ -172,7 +172,8 @@ def load_network(net: Any, path: str | Path, *, which: Which, dp_cp_group: dist.
     path = resolve(path)
     stored = _entries(path, which)
     wanted: dict[str, ShardedTensor] = net.sharded_state_dict(prefix="", metadata={"dp_cp_group": dp_cp_group})
-    missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - stored.keys())
+    unknown = sorted(name for name in stored.keys() - wanted.keys() if not net.is_of_another_stage(name))
     if missing or unknown:
         raise ValueError(f"{path} does not fit the network: missing {missing[:20]}, unknown {unknown[:20]}")
     for name, tensor in wanted.items():

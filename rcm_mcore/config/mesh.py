@@ -13,7 +13,7 @@ from rcm_mcore.config.model import ModelConfig
 class MeshConfig:
     """Sizes of the process mesh; the data-parallel size is what remains of the world.
 
-    Ranks are numbered with tensor parallelism fastest, then context, then data parallelism.
+    Ranks are numbered with tensor parallelism fastest, then context, then data, then pipeline parallelism.
     """
 
     tp: int = 1  # tensor-parallel size: heads and ffn are split over it
@@ -23,6 +23,7 @@ class MeshConfig:
     # groups of cp_inner ranks, and rings between groups. auto: a ring within a node, two levels beyond it if the heads allow.
     cp_mode: Literal["auto", "ring", "all_to_all", "two_level"] = "auto"
     cp_inner: int | None = None  # two_level: ranks that exchange heads; none: as many as can
+    pp: int = 1  # pipeline-parallel size: the layers are split over it
     timeout_minutes: float = 30.0  # a collective that waits longer for another rank fails
 
 
@@ -65,6 +66,8 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
         raise ValueError("mesh.sp=true with mesh.tp=1: sequence parallelism splits over tensor-parallel ranks; set mesh.tp > 1")
     if mesh.cp < 1:
         raise ValueError(f"mesh.cp={mesh.cp}: must be at least 1")
+    if not 1 <= mesh.pp <= model.num_layers:
+        raise ValueError(f"mesh.pp={mesh.pp}: must lie between 1 and model.num_layers={model.num_layers}")
     if mesh.timeout_minutes <= 0:
         raise ValueError(f"mesh.timeout_minutes={mesh.timeout_minutes}: must be positive")
     if tokens is not None and mesh.cp > tokens:
@@ -76,8 +79,27 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
             f"mesh.cp={mesh.cp} with mesh.tp={mesh.tp} does not divide the {world_size} ranks that were launched: "
             f"use mesh.cp in {_divisors(world_size // mesh.tp)}"
         )
+    if world_size % (mesh.tp * mesh.cp * mesh.pp):
+        works = [n for n in _divisors(world_size // (mesh.tp * mesh.cp)) if n <= model.num_layers]
+        raise ValueError(
+            f"mesh.pp={mesh.pp} with mesh.tp={mesh.tp} and mesh.cp={mesh.cp} does not divide the {world_size} ranks that were "
+            f"launched: use mesh.pp in {works}"
+        )
     _check_exchange(mesh, heads // mesh.tp)
-    return world_size // (mesh.tp * mesh.cp)
+    return world_size // (mesh.tp * mesh.cp * mesh.pp)
+
+
+def layers_of_stages(num_layers: int, stages: int) -> list[range]:
+    """The layers of each pipeline stage; where they do not divide, the first and then the last stages have one fewer.
+
+    These also hold the embedding of patches and the head.
+    """
+    least, more = divmod(num_layers, stages)
+    fuller = sorted(range(stages), key=lambda stage: min(stage, stages - 1 - stage), reverse=True)[:more]
+    ends = [0]
+    for stage in range(stages):
+        ends.append(ends[-1] + least + (stage in fuller))
+    return [range(a, b) for a, b in zip(ends, ends[1:])]
 
 
 def _check_exchange(mesh: MeshConfig, heads: int) -> None:

@@ -28,6 +28,7 @@ class Mesh:
     config: MeshConfig
     groups: ProcessGroupCollection
     device: torch.device
+    embedders_gloo_group: dist.ProcessGroup  # groups.expt_dp over gloo
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
@@ -41,6 +42,18 @@ class Mesh:
     def sample_group(self) -> dist.ProcessGroup:
         """The ranks that work on the same samples: tensor- and context-parallel ones."""
         return self.groups.tp_cp
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.groups.pp
+
+    @property
+    def pp_size(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     @property
     def cp_size(self) -> int:
@@ -98,12 +111,29 @@ def make_mesh(config: MeshConfig) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         context_parallel_size=config.cp,
+        pipeline_model_parallel_size=config.pp,
         distributed_timeout_minutes=config.timeout_minutes,
     )
     model_parallel_cuda_manual_seed(0)  # the trackers must exist; no layer of ours draws from them
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.hcp = _levels(groups.cp, config)
-    return Mesh(config, groups, device)
+    # megatron's expert path is made for parameters whose gradients are summed over other ranks than those of the rest: ours
+    # are the embedders, which every pipeline stage holds (stack.md 5).
+    groups.expt_dp, gloo = _holders_of_embedders(config)
+    groups.intra_expt_dp = groups.expt_dp
+    return Mesh(config, groups, device, gloo)
+
+
+def _holders_of_embedders(config: MeshConfig) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks of all stages, context- and data-parallel ranks at this tensor-parallel rank, and the same over gloo."""
+    timeout, mine = timedelta(minutes=config.timeout_minutes), None
+    for first in range(config.tp):
+        ranks = list(range(first, dist.get_world_size(), config.tp))
+        groups = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout, backend="gloo")
+        if dist.get_rank() in ranks:
+            mine = groups
+    assert mine is not None, "every rank is in one of them"
+    return mine
 
 
 def _levels(cp_group: dist.ProcessGroup, config: MeshConfig) -> list[dist.ProcessGroup | None]:

@@ -11,7 +11,7 @@ from torch import nn
 from rcm_mcore.config import Config, ModelConfig
 from rcm_mcore.models.wan import WanModel, build_wan
 from rcm_mcore.parallel.mesh import Mesh
-from rcm_mcore.training.optim import ShardedOptimizer, make_optimizer
+from rcm_mcore.training.optim import NetworkOptimizer, make_optimizer
 from rcm_mcore.training.schedule import learning_rate
 
 
@@ -22,7 +22,7 @@ class Trained:
     name: str  # its prefix in checkpoints
     net: WanModel
     ddp: DistributedDataParallel
-    optimizer: ShardedOptimizer
+    optimizer: NetworkOptimizer
     peak_lr: float
     total_steps: int
     steps: int = 0

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, _get_param_groups_and_buffers
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -128,37 +129,101 @@ class ShardedOptimizer(DistributedOptimizer):
         return main, self.optimizer.state[main]
 
 
+class NetworkOptimizer:
+    """The optimizers of one trained network: of its layers, and of the embedders, which every pipeline stage holds.
+
+    Each shards over the ranks that sum its gradients, so every element has one owner and replicas cannot drift.
+    """
+
+    def __init__(self, parts: dict[str, ShardedOptimizer], *, clip_grad: float) -> None:
+        self.parts, self.clip_grad = parts, clip_grad
+
+    @property
+    def has_ema(self) -> bool:
+        return all(part.has_ema for part in self.parts.values())
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for part in self.parts.values():
+            part.set_lr(lr)
+
+    def prepare_and_clip(self) -> float:
+        """Collective: gradients to float32 masters, clipped if so configured; returns their norm over the whole network."""
+        for part in self.parts.values():
+            part.prepare_grads()
+        norm = math.hypot(*(float(part.get_grad_norm()) for part in self.parts.values()))
+        if self.clip_grad > 0:
+            for part in self.parts.values():
+                if params := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(params, self.clip_grad, norm)
+        return norm
+
+    def step(self) -> None:
+        """Collective: the update; the new weights are on every rank."""
+        for part in self.parts.values():
+            part.step_with_ready_grads()
+
+    def update_ema(self, beta: float) -> None:
+        """ema <- beta ema + (1 - beta) weights."""
+        for part in self.parts.values():
+            part.update_ema(beta)
+
+    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> dict[str, Any]:
+        """megatron's sharded view of the state, by part; `weights`: that of the network."""
+        return {
+            name: part.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+            for name, part in self.parts.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a loaded checkpoint."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
 def make_optimizer(
     config: OptimConfig, model: DistributedDataParallel, mesh: Mesh, *, lr: float, has_ema: bool
-) -> ShardedOptimizer:
+) -> NetworkOptimizer:
     """The optimizer of one trained network (float32 or bfloat16 parameters)."""
     groups = mesh.groups
-    # An infinite bound measures the norm and clips nothing.
     megatron_config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
-        clip_grad=config.clip_grad or math.inf,
+        clip_grad=0.0,  # NetworkOptimizer clips
         use_distributed_optimizer=True,
     )
-    param_groups, buffers = _get_param_groups_and_buffers(
-        [model], 0, megatron_config, {}, filter_fn=lambda group: not group["is_expert_parallel"], buffer_name="buffers"
-    )
-    inner = AdamWNoMomentum(param_groups, lr=lr, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
-    optimizer = ShardedOptimizer(
-        inner,
-        megatron_config,
-        None,
-        None,
-        model_chunks=[model],
-        per_model_buffers=buffers,
-        data_parallel_group=groups.dp_cp,
-        data_parallel_group_gloo=mesh.dp_cp_gloo_group,
-        data_parallel_group_idx=groups.mp.rank(),
-        distributed_optimizer_instance_id=0,
-    )
-    optimizer.grad_stats_parallel_group = groups.intra_dist_opt
-    optimizer.tp_group = groups.tp
-    optimizer.initialize_state(has_ema=has_ema)
-    return optimizer
+
+    def part(*, embedders: bool) -> ShardedOptimizer:
+        param_groups, buffers = _get_param_groups_and_buffers(
+            [model],
+            0,
+            megatron_config,
+            {},
+            filter_fn=lambda group: group["is_expert_parallel"] == embedders,
+            buffer_name="expert_parallel_buffers" if embedders else "buffers",
+        )
+        optimizer = ShardedOptimizer(
+            AdamWNoMomentum(param_groups, lr=lr, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay),
+            megatron_config,
+            None,
+            None,
+            model_chunks=[model],
+            per_model_buffers=buffers,
+            data_parallel_group=groups.expt_dp if embedders else groups.dp_cp,
+            data_parallel_group_gloo=mesh.embedders_gloo_group if embedders else mesh.dp_cp_gloo_group,
+            data_parallel_group_idx=groups.tp.rank() if embedders else groups.mp.rank(),
+            distributed_optimizer_instance_id=0,
+        )
+        optimizer.grad_stats_parallel_group = groups.intra_dist_opt  # every rank of the run
+        optimizer.tp_group = groups.tp
+        optimizer.initialize_state(has_ema=has_ema)
+        return optimizer
+
+    return NetworkOptimizer({"layers": part(embedders=False), "embedders": part(embedders=True)}, clip_grad=config.clip_grad)

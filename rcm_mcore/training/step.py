@@ -113,11 +113,10 @@ def _update(trained: Trained, item: StepBatch, config: Config) -> dict[str, floa
     """Optimizer step and EMA from the reduced gradients."""
     optimizer, lr = trained.optimizer, trained.lr(config)
     optimizer.set_lr(lr)
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.clip_grad_norm(optimizer.config.clip_grad))
+    grad_norm = optimizer.prepare_and_clip()
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"step {item.batch.step}: the gradient of the {trained.name} is not finite ({grad_norm})")
-    optimizer.step_with_ready_grads()
+    optimizer.step()
     trained.steps += 1
     if optimizer.has_ema:
         assert config.optim.ema_length is not None, "an EMA has a length"

@@ -67,11 +67,11 @@ def _owned(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
-class BlockStack(nn.ModuleList):
-    """Blocks in order. Parameters are named by position: `0.`, `1.`, ..."""
+class BlockStack(nn.ModuleDict):
+    """Blocks in order. Parameters are named by position in the whole network: `0.`, `1.`, ..."""
 
-    def __init__(self, blocks: list[nn.Module], *, recompute: Literal["none", "full"]) -> None:
-        super().__init__(blocks)
+    def __init__(self, blocks: dict[int, nn.Module], *, recompute: Literal["none", "full"]) -> None:
+        super().__init__({str(i): block for i, block in blocks.items()})
         self.recompute = recompute
 
     def forward(self, x: MaybeDual, cond: Conditioning) -> MaybeDual:
@@ -80,7 +80,7 @@ class BlockStack(nn.ModuleList):
         With gradients on, a Dual always goes the one-pass way: its primal output has a graph, its tangent none.
         """
         recompute = torch.is_grad_enabled() and (isinstance(x, Dual) or self.recompute == "full")
-        for block in self:
+        for block in self.values():
             x = _run_recomputed(block, x, cond) if recompute else block(x, cond)
         return x
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 def tensor_parallel_dim(param: Tensor) -> int | None:
     """The dimension of `param` that is split over tensor-parallel ranks, or None."""
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+
+
+def on_every_stage(param: Tensor) -> bool:
+    """Whether every pipeline stage holds `param` (megatron's mark for it)."""
+    return not getattr(param, "allreduce", True)
 
 
 def local_shard(full: Tensor, param: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -51,10 +57,13 @@ def initialize(net: nn.Module, rule: Callable[[str, Tensor], None], *, seed: int
 def load_full(net: nn.Module, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
     """Copy full tensors by name into the parameters (each rank its shard).
 
-    Raises ValueError listing missing and unknown names, or the first tensor of another shape; `net` is then unchanged.
+    Those of other pipeline stages are left out. Raises ValueError listing missing and unknown names, or the first tensor of
+    another shape; `net` is then unchanged.
     """
     params = dict(net.named_parameters())
-    missing, unknown = sorted(params.keys() - tensors.keys()), sorted(tensors.keys() - params.keys())
+    elsewhere = getattr(net, "is_of_another_stage", lambda name: False)
+    missing = sorted(params.keys() - tensors.keys())
+    unknown = sorted(name for name in tensors.keys() - params.keys() if not elsewhere(name))
     if missing or unknown:
         raise ValueError(f"weights do not fit the network: missing {missing[:20]}, unknown {unknown[:20]}")
     for name, param in params.items():
@@ -68,9 +77,14 @@ def load_full(net: nn.Module, tensors: Mapping[str, Tensor], group: dist.Process
 
 
 def sharded_parameters(
-    net: nn.Module, prefix: str, *, tp_group: dist.ProcessGroup, dp_cp_group: dist.ProcessGroup
+    net: nn.Module, prefix: str, *, groups: ProcessGroupCollection, dp_cp_group: dist.ProcessGroup
 ) -> dict[str, Any]:
     """Every parameter as megatron's ShardedTensor under `prefix` + its name (so independent of the mesh)."""
     params = dict(net.named_parameters())
     dims = {name: dim for name, p in params.items() if (dim := tensor_parallel_dim(p)) is not None}
-    return make_sharded_tensors_for_checkpoint(params, prefix, dims, (), tp_group=tp_group, dp_cp_group=dp_cp_group)
+    state = make_sharded_tensors_for_checkpoint(params, prefix, dims, (), tp_group=groups.tp, dp_cp_group=dp_cp_group)
+    for name, param in params.items():
+        if on_every_stage(param):  # the first stage's copy is stored
+            tensor = state[prefix + name]
+            tensor.replica_id = (groups.pp.rank(), *tensor.replica_id[1:])
+    return state

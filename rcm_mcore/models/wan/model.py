@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rcm_mcore import dual
-from rcm_mcore.config import MeshConfig, ModelConfig, tokens_per_sample
+from rcm_mcore.config import MeshConfig, ModelConfig, layers_of_stages, tokens_per_sample
 from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.blocks import BlockStack, Conditioning
@@ -45,7 +45,8 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
         context_parallel_size=mesh.cp,
         sequence_parallel=mesh.sp,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_model_parallel_size=mesh.pp,
+        pipeline_dtype=torch.promote_types(dtype, torch.float32) if model.fp32_residual else dtype,  # of hidden states
         bf16=dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,  # needs apex
         bias_dropout_fusion=False,
@@ -68,28 +69,42 @@ class WanModel(MegatronModule):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
-        self.model, self.tp_group, self.cp_group = model, groups.tp, groups.cp
-        self.model_type, self.pre_process, self.post_process = ModelType.encoder_or_decoder, True, True
+        self.model, self.groups, self.tp_group, self.cp_group = model, groups, groups.tp, groups.cp
+        stage, stages = groups.pp.rank(), groups.pp.size()
+        self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
+        self.pre_process, self.post_process = stage == 0, stage == stages - 1
+        self._from_stage_before: Tensor | None = None
         width, channels = model.hidden_size, model.in_channels * math.prod(model.patch_size)
-        self.patch_embedding = Linear(channels, width, config=config)
+        if self.pre_process:
+            self.patch_embedding = Linear(channels, width, config=config)
         self.text_embedding = _mlp(model.text_dim, width, config=config)
         # The text is whole on every rank and so is its gradient: not to be summed over the sequence.
         for param in self.text_embedding.parameters():
             param.sequence_parallel = False  # type: ignore[attr-defined]
         self.time_embedding = _mlp(model.freq_dim, width, config=config)
         self.time_projection = nn.ModuleDict({"1": Linear(width, 6 * width, config=config)})
+        for embedder in (self.text_embedding, self.time_embedding, self.time_projection):
+            for param in embedder.parameters():
+                param.allreduce = False  # type: ignore[attr-defined]  # every stage has them: see parallel/mesh.py
         spec = wan_block_spec(model.transformer_impl)
         self.blocks = BlockStack(
-            [build_module(spec, config=config, model=model, groups=groups) for _ in range(model.num_layers)],
+            {
+                i: build_module(spec, config=config, model=model, groups=groups)
+                for i in layers_of_stages(model.num_layers, stages)[stage]
+            },
             recompute=model.recompute,
         )
-        self.head = _Head(width, channels, config=config)
+        if self.post_process:
+            self.head = _Head(width, channels, config=config)
 
     def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor) -> MaybeDual:
         """Velocity at x [B, C, F, H, W] and rectified-flow time s [B] (any float dtype), text [B, X, text_dim].
 
         Returns [B, C, F, H, W] in max(float32, model dtype), a Dual if `x` or `s` is one (a missing tangent is zero);
         its tangent has no graph. Raises ValueError for inputs the network does not take.
+
+        On pipeline stages, all called with the same arguments: hidden states come from `set_input_tensor` and go to the next
+        stage as one tensor, [s, B, M], or [s, 2 B, M] for a Dual.
         """
         self._check(primal(x), primal(s), text)
         if isinstance(x, Dual) or isinstance(s, Dual):
@@ -104,9 +119,17 @@ class WanModel(MegatronModule):
         cond = Conditioning(e0, self._embed_text(text), *places, tokens)
 
         split = self.cp_group.size() > 1 or self.config.sequence_parallel
-        y = rowwise(partial(patchify, patch=patch), x)
-        y = dual.linear(self._scatter, y) if split else y
-        y = self.blocks(rowwise(self._embed_patches, y), cond)
+        y: MaybeDual
+        if self.pre_process:
+            y = rowwise(partial(patchify, patch=patch), x)
+            y = rowwise(self._embed_patches, dual.linear(self._scatter, y) if split else y)
+        else:
+            hidden, self._from_stage_before = self._from_stage_before, None
+            assert hidden is not None, "set_input_tensor comes first"
+            y = dual.unstack(hidden) if isinstance(x, Dual) else hidden
+        y = self.blocks(y, cond)
+        if not self.post_process:
+            return dual.stack(y)
         y = rowwise(partial(self.head, eps=self.model.eps), y, e)
         y = dual.linear(lambda rows: self._gather(rows)[:tokens], y) if split else y
         return rowwise(partial(unpatchify, grid=(frames, height, width), patch=patch), y)
@@ -136,13 +159,27 @@ class WanModel(MegatronModule):
     ) -> dict[str, Any]:
         """megatron's sharded view of the parameters, keyed `prefix` + name, the same for every mesh."""
         assert not sharded_offsets and metadata is not None, "this network is the root of its state"
-        return sharded_parameters(self, prefix, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+        return sharded_parameters(self, prefix, groups=self.groups, dp_cp_group=metadata["dp_cp_group"])
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Called by megatron's schedules; a network that holds every layer receives nothing from another stage."""
+        """Called by megatron's schedules: what the stage before sent; nothing on the first stage."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
-        assert input_tensor is None, "this network holds all layers and takes no hidden states from another stage"
+        assert (input_tensor is None) == self.pre_process, "hidden states come from another stage, but on the first"
+        self._from_stage_before = input_tensor
+
+    def is_of_another_stage(self, name: str) -> bool:
+        """Whether a parameter of the network, by its name, is held by other pipeline stages alone."""
+        first, _, rest = name.partition(".")
+        if first == "blocks":
+            layer = rest.partition(".")[0]
+            return layer not in self.blocks and layer in map(str, range(self.model.num_layers))
+        return not hasattr(self, first) and first in ("patch_embedding", "head")
+
+    def tokens_in_schedule(self, latent_shape: tuple[int, ...]) -> int:
+        """The tokens of a sample [C, F, H, W] with their padding, as megatron's schedules count them."""
+        ranks = self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        return -(-tokens_per_sample(self.model, latent_shape) // ranks) * ranks
 
     def _embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """s [B] -> e [B, M] for the head, e0 [6, B, M] for the blocks; wide from the float64 sinusoid on."""
@@ -168,7 +205,7 @@ class WanModel(MegatronModule):
         return z if self.model.fp32_residual else z.to(self.config.params_dtype)
 
     def _check(self, x: Tensor, s: Tensor, text: Tensor) -> None:
-        model, device = self.model, self.patch_embedding.weight.device
+        model, device = self.model, self.time_projection["1"].weight.device
         if x.ndim != 5:
             raise ValueError(f"x has shape {list(x.shape)}: must be [B, C, F, H, W]")
         tokens = tokens_per_sample(model, tuple(x.shape[1:]))
