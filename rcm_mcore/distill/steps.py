@@ -143,6 +143,11 @@ def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcom
     return distill.dmd_weight * loss / count, metrics
 
 
+def targets_follow_output(step: Any) -> bool:
+    """Whether a step (or a partial of it) calls networks on the output of the pass that has the graph."""
+    return getattr(step, "func", step) is distillation_step
+
+
 def critic_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
     """The fake score learns the student's samples (method.md 3, critic)."""
     draws = batch.draws

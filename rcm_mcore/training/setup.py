@@ -234,7 +234,8 @@ def gather_data_state(run: Run) -> dict[str, Any]:
     """Collective: the position of every reader of the run."""
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, run.loader.state_dict())
-    return merge_states(states[:: run.mesh.sample_group.size()])  # of those that read
+    first_stage = states[: len(states) // run.mesh.pp_size]
+    return merge_states(first_stage[:: run.mesh.sample_group.size()])  # of those that read
 
 
 def world_size() -> int:

@@ -29,6 +29,7 @@ from rcm_mcore.distill.steps import (
     pretrain_step,
 )
 from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.training import pipeline
 from rcm_mcore.training.networks import Trained, finalize_on
 
 
@@ -89,10 +90,11 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
         last = i == len(terms) - 1
         finalize_on(trained, last)
         with contextlib.nullcontext() if last else trained.ddp.no_sync():
-            for outcome in _forward_backward(trained, term, microbatches, config):
+            run = partial(pipeline.forward_backward, mesh=mesh) if mesh.pp_size > 1 else _forward_backward
+            for outcome in run(trained, term, microbatches, config):
                 for name, value in outcome.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
-    sums["bad_samples"] = bad_samples
+    sums = _from_last_stage(sums, mesh) | {"bad_samples": bad_samples}
     metrics = _over_global_batch(sums, mesh)
     if item.phase.kind == "student":
         weights = {"loss_scm": config.distill.scm_weight, "loss_dmd": config.distill.dmd_weight}
@@ -146,6 +148,15 @@ def _forward_backward(
         micro_batch_size=config.train.micro_batch_size,
         forward_only=False,
     )
+
+
+def _from_last_stage(sums: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What the last pipeline stage has counted, on every stage."""
+    if mesh.pp_size == 1:
+        return sums
+    counted = [{name: float(value) for name, value in sums.items()}]
+    dist.broadcast_object_list(counted, dist.get_global_rank(mesh.pp_group, mesh.pp_size - 1), group=mesh.pp_group)
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in counted[0].items()}
 
 
 def _received(batch: Batch, config: Config, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
