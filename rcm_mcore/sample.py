@@ -94,7 +94,10 @@ def sample(request: SampleRequest) -> SampleResult:
 
     model = check(request, int(os.environ.get("WORLD_SIZE", "1")))
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mesh = make_mesh(resolve_mesh(model, _mesh_of(request), ranks_per_node=ranks_per_node)[0])
+    resolved, why = resolve_mesh(model, _mesh_of(request), ranks_per_node=ranks_per_node)
+    mesh = make_mesh(resolved)
+    if mesh.is_main and request.cp > 1:
+        print(f"context parallelism: {why}", file=sys.stderr)
     net = build_wan(model, mesh.config, mesh.groups, trainable=False)
     which: Any = request.which
     load_network(net, request.checkpoint, which=which, dp_cp_group=mesh.groups.dp_cp)

@@ -333,14 +333,22 @@ PORTABLE = _mutations(
 RING = _mutations(
     "rcm_mcore/parallel/ring.py",
     "tests/test_ring.py",
-    ("yield tuple(x[:, :count] for x in block)\n", "yield tuple(block)\n", "test_equals_one_rank[2-21-out]"),
-    ("total[:, : part.shape[1]] += part", "total[:, : part.shape[1]] = part", "test_equals_one_rank[2-24-dk]"),
-    ("(group.rank() - step) % group.size()", "(group.rank() + step) % group.size()", "test_equals_one_rank[4-21-out]"),
+    ("yield tuple(x[:, :count] for x in block)\n", "yield tuple(block)\n", "test_equals_one_rank[2-passed on-21-out]"),
+    ("total[:, : part.shape[1]] += part", "total[:, : part.shape[1]] = part", "test_equals_one_rank[2-passed on-24-dk]"),
+    ("(group.rank() - step) % group.size()", "(group.rank() + step) % group.size()",
+     "test_equals_one_rank[4-passed on-21-out]"),
+) + _mutations(
+    "rcm_mcore/parallel/shared_memory.py",
+    "tests/test_ring.py",
+    ("theirs((rank - step) % size)", "theirs((rank + step) % size)", "test_equals_one_rank[4-shared-21-out]"),
+    ("(peers.group.rank() + self.step) % size", "(peers.group.rank() - self.step) % size",
+     "test_equals_one_rank[4-shared-24-dk]"),
+    ("part[:, x.shape[1] :].zero_()", "pass", "test_equals_one_rank[4-shared-21-dk]"),
 ) + _mutations(
     "kernels/rcm_kernels/merge.py",
     "tests/test_ring.py",
-    ("weight * (rate - lse_dot)", "weight * rate", "test_equals_one_rank[2-24-out_dot]"),
-    ("(weights * torch.stack(lse_dots)).sum(0)", "lse_dots[0]", "test_equals_one_rank[2-24-lse_dot]"),
+    ("weight * (rate - lse_dot)", "weight * rate", "test_equals_one_rank[2-passed on-24-out_dot]"),
+    ("(weights * torch.stack(lse_dots)).sum(0)", "lse_dots[0]", "test_equals_one_rank[2-passed on-24-lse_dot]"),
 ) + _mutations(
     "kernels/rcm_kernels/merge_kernel.py",
     "tests/test_merge.py",

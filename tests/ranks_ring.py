@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -9,10 +10,37 @@ import torch.distributed as dist
 from attention_oracle import draw, exact_gradients, exact_jvp, plain_gradients
 from rcm_kernels import reference
 
+from rcm_mcore.parallel import ring
 from rcm_mcore.parallel.mesh import init_distributed
 from rcm_mcore.parallel.ring import ring_attention, ring_attention_jvp, tokens_of_rank
+from rcm_mcore.parallel.shared_memory import Peers, _fill
 
 LENGTHS = (24, 21, 3, 1)  # of the whole sequence: dividing, not dividing, fewer than four ranks, one
+
+
+class Shown:
+    """In the place of memory shared between GPUs: everybody gets a copy."""
+
+    def __init__(self, group):
+        self.group = group
+
+    def show(self, shape, dtype, tensors):
+        mine = torch.full(shape, torch.nan, dtype=dtype)
+        _fill(mine, tensors)
+        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
+        dist.all_gather(everyone, mine, group=self.group)
+        return mine, everyone.__getitem__
+
+
+class CopyingPeers(Peers):
+    """Ranks of a CPU that see each other's tensors."""
+
+    def __init__(self, group):
+        self.group, self.device, self.stream = group, torch.device("cpu"), torch.cuda.Stream()
+        self.blocks_shown, self.parts_shown = Shown(group), Shown(group)
+
+
+WAYS = {"passed on": lambda group, device: None, "shared": lambda group, device: CopyingPeers(group)}
 
 
 def shard(x, rank, size):
@@ -68,7 +96,10 @@ def case(tokens, dtype):
 
 def main(folder):
     init_distributed()
-    results = {f"{tokens} {dtype}": case(tokens, dtype) for tokens in LENGTHS for dtype in (torch.float64, torch.bfloat16)}
+    results = {}
+    for way, tokens, dtype in product(WAYS, LENGTHS, (torch.float64, torch.bfloat16)):
+        ring.peers_of = WAYS[way]
+        results[f"{way} {tokens} {dtype}"] = case(tokens, dtype)
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
     dist.barrier()

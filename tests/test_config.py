@@ -166,8 +166,17 @@ WAN_1_3B = ModelConfig(size="1.3B", num_layers=30, hidden_size=1536, num_attenti
         ),
         (MeshConfig(cp=8, cp_mode="two_level", cp_inner=3), 8, None, r"mesh.cp_inner=3 .*: use one of \[2, 4\]"),
         (MeshConfig(cp=5, cp_mode="two_level"), 5, None, "mesh.cp_inner=None .*: none does; use mesh.cp_mode=ring"),
+        (MeshConfig(cp=2, cp_mode="two_level"), 2, None, "none does; use mesh.cp_mode=ring or all_to_all"),
+        (MeshConfig(timeout_minutes=float("nan")), 1, None, "mesh.timeout_minutes=nan"),
+        (MeshConfig(pp=31), 31, None, "mesh.pp=31: must lie between 1 and model.num_layers=30"),
+        (
+            MeshConfig(tp=2, pp=4),
+            12,
+            None,
+            r"mesh.pp=4 with mesh.tp=2 and mesh.cp=1 does not divide the 12 ranks .*: use mesh.pp in \[1, 2, 3, 6\]",
+        ),
         (MeshConfig(cp=4, cp_inner=2), 4, None, "mesh.cp_inner=2 is for mesh.cp_mode=two_level, not auto"),
-        (MeshConfig(timeout_minutes=0), 1, None, "mesh.timeout_minutes=0: must be positive"),
+        (MeshConfig(timeout_minutes=0), 1, None, "mesh.timeout_minutes=0: must be a positive number"),
     ],
 )
 def test_bad_meshes_are_named(mesh, world, tokens, message):

@@ -15,7 +15,8 @@ from attention_oracle import (
     merge,
     plain_gradients,
 )
-from rcm_kernels import flash_attention, flash_attention_backward, flash_attention_jvp, reference, use_backends
+from rcm_kernels import Partial, flash_attention, flash_attention_backward, flash_attention_jvp, reference, use_backends
+from rcm_kernels import merge as merge_parts
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = [(1, 1), (5, 40), (37, 1), (64, 64), (100, 150), (129, 65)]  # of queries and keys
@@ -80,6 +81,27 @@ class TestJvp:
         got = jvp(primals, tangents)
         assert_within_budget(got, plain, exact_jvp(primals, zeroed), floor=1e-6)
         assert [x.dtype for x in got] == [primals[0].dtype] * 2 + [torch.float32] * 2
+
+    @pytest.mark.parametrize("layout", ["contiguous", "fused", "sequence_first"])
+    @pytest.mark.parametrize("given", ["qkv", "q"])
+    def test_parts_merge_where_their_lse_dot_differ(self, jvp_of, given, layout):
+        """lse_dot_i - lse_dot multiplies the rounding of out_i, which has a mean: only wide parts stay within the budget."""
+        (q, k, v), (q_dot, k_dot, v_dot) = jvp_of(90, 512, layout=layout)
+        drift = torch.linspace(-4, 4, 512, device=k.device).view(1, -1, 1, 1).to(k.dtype)
+        q, v, k_dot = q + 1, v + 4, k_dot + drift
+        if given == "q":
+            k, q_dot, k_dot, v_dot = k + 0.1 * drift, q_dot + 4, None, None
+        cut = lambda x, a: None if x is None else x[:, a : a + 128]
+        parts = [
+            Partial(*jvp((q, cut(k, a), cut(v, a)), (q_dot, cut(k_dot, a), cut(v_dot, a)), wide_out=True))
+            for a in range(0, 512, 128)
+        ]
+        assert [x.dtype for x in parts[0]] == [torch.float32, q.dtype, torch.float32, torch.float32]
+        got = merge_parts(parts, q.dtype)
+        assert got.out.dtype == got.out_dot.dtype == q.dtype
+        zeroed = [torch.zeros_like(p) if x is None else x for p, x in zip((q, k, v), (q_dot, k_dot, v_dot))]
+        plain, exact = reference.attention_jvp((q, k, v), (q_dot, k_dot, v_dot)), exact_jvp((q, k, v), zeroed)
+        assert_within_budget(got, plain, exact, factor=1.2, floor=1e-6)
 
     @pytest.mark.parametrize("layout", ["fused", "sequence_first", "shared"])
     @pytest.mark.parametrize("scale", [None, 0.05, 2.0])

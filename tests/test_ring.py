@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from launch import HERE, environment, run_ranks
-from ranks_ring import LENGTHS
+from ranks_ring import LENGTHS, WAYS
 
 from rcm_mcore.parallel.ring import tokens_of_rank
 
@@ -20,15 +20,17 @@ def results(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_equals_one_rank(results, tokens, name):
-    assert results[f"{tokens} torch.float64"]["ring"][name] <= 1e-12
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_one_rank(results, way, tokens, name):
+    assert results[f"{way} {tokens} torch.float64"]["ring"][name] <= 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_bfloat16_is_within_the_budget(results, tokens, name):
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16_is_within_the_budget(results, way, tokens, name):
     """At most twice the error of plain PyTorch on one rank, although every block's share is rounded once more."""
-    errors = results[f"{tokens} torch.bfloat16"]
+    errors = results[f"{way} {tokens} torch.bfloat16"]
     assert errors["ring"][name] <= 2 * errors["plain"].get(name, 0) + 1e-6
 
 

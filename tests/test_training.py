@@ -11,7 +11,8 @@ CASES = {
     "tp2-sp": (2, dict(mesh={"tp": 2, "sp": True})),
     "dp2": (2, dict()),
     "dp2-overlap": (2, dict(optim={"overlap_grad_reduce": True})),
-    "cp2": (2, dict(mesh={"cp": 2})),
+    "cp2": (2, dict(mesh={"cp": 2, "cp_mode": "all_to_all"})),
+    "cp3": (3, dict(mesh={"cp": 3})),  # eight tokens: they do not divide
     "cp2-ring": (2, dict(mesh={"cp": 2, "cp_mode": "ring"})),
     "cp4-two_level": (4, dict(mesh={"cp": 4, "cp_mode": "two_level"})),
     "tp2-sp-cp2": (4, dict(mesh={"tp": 2, "sp": True, "cp": 2})),

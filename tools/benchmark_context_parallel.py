@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 8 tools/benchmark_context_parallel.py --out DIR [--tokens 32760 75600] [--heads 40]
     python tools/benchmark_context_parallel.py --picture DIR
 
-Every GPU works in every row: ranks that a context-parallel size leaves over form further groups doing the same. Each mode is
-first checked against float64 on a few hundred tokens, and not timed if it is wrong. A time is the median of several on the
-slowest rank. `alone` is one GPU with all tokens in the same run, `rate` its time over this one's times the ranks; `computing`
-the same kernels on this rank's blocks without any transfer, `transfers` the transfers without a kernel, and `hidden` the share
-of the transfers' time by which the whole is shorter than both in a row. --picture draws scaling.png from the results.
+Every GPU works in every row: ranks that a context-parallel size leaves over form further groups doing the same. Attention and
+its gradients are first checked against float64 on a few hundred tokens, and a mode that is wrong is not timed. A time is the
+median of several on the slowest rank. `alone` is one GPU with all tokens in the same run, `rate` its time over this one's times
+the ranks; `computing` the same kernels on this rank's blocks without any transfer, `transfers` the transfers without a kernel,
+and `hidden` the share of the transfers' time by which the whole is shorter than both in a row. GiB: what a call adds, buffers
+shared between GPUs included; of a layer, everything. --picture draws scaling.png from the results.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from rcm_mcore.models.common.blocks import Conditioning
 from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.exchange import heads_for_tokens, tokens_for_heads
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, init_distributed, make_mesh
+from rcm_mcore.parallel.shared_memory import shared_bytes
 
 WIDTH, TOLERANCE = 128, 8e-3
 
@@ -66,7 +68,7 @@ def inputs(tokens: int, heads: int, mesh: Mesh, *, whole: bool = False) -> list[
 
 
 def error(attend: SplitAttention, mesh: Mesh) -> float:
-    """The larger relative error of out and out_dot, on 700 tokens, of any rank."""
+    """The largest relative error of out, out_dot and the gradients, on 700 tokens, of any rank."""
     tokens, heads = 700, 8
     whole = inputs(tokens, heads, mesh, whole=True)
     block, rank = -(-tokens // mesh.cp_size), mesh.groups.cp.rank()
@@ -74,10 +76,19 @@ def error(attend: SplitAttention, mesh: Mesh) -> float:
     got = attend(*(Dual(x.primal[rows], x.tangent[rows]) for x in whole), tokens=tokens)
     exact = lambda xs: [x[:tokens].transpose(0, 1).double() for x in xs]
     want = reference.attention_jvp(exact(x.primal for x in whole), exact(x.tangent for x in whole))
+    pairs = [(mine, theirs.transpose(0, 1).flatten(2)) for mine, theirs in zip((got.primal, got.tangent), want)]
+    leaves = [x.primal[rows].clone().requires_grad_() for x in whole]
+    dout = whole[0].tangent.flatten(2)[:tokens]  # any numbers
+    out = attend(*leaves, tokens=tokens)
+    here = dout[rows]
+    mine = torch.autograd.grad(out[: len(here)], leaves, here)
+    exact_leaves = [x.requires_grad_() for x in exact(x.primal for x in whole)]
+    exact_out = reference.attention(*exact_leaves)[0].transpose(0, 1).flatten(2)
+    pairs += zip(mine, (x.transpose(0, 1) for x in torch.autograd.grad(exact_out, exact_leaves, dout.double())))
     worst = 0.0
-    for mine, theirs in zip((got.primal, got.tangent), want):
-        there = theirs.transpose(0, 1).flatten(2)[rows]
-        worst = max(worst, float((mine[: len(there)].double() - there).norm() / there.norm()))
+    for ours, theirs in pairs:
+        there = theirs[rows]
+        worst = max(worst, float((ours[: len(there)].double() - there).norm() / there.norm()))
     value = torch.tensor(worst, device="cuda")
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return float(value)
@@ -94,7 +105,7 @@ def attention_row(mesh: Mesh, tokens: int, heads: int, repeats: int) -> dict[str
     base = torch.cuda.memory_allocated()
     with torch.no_grad():
         row: dict[str, Any] = {"error": wrong, "seconds": seconds(lambda: attend(q, k, v, tokens=tokens), repeats)}
-        row["gib"] = (torch.cuda.max_memory_allocated() - base) / 2**30
+        row["gib"] = (torch.cuda.max_memory_allocated() - base + shared_bytes()) / 2**30
         if mesh.cp_size > 1:
             row["computing"] = seconds(lambda: _computing(q, k, v, tokens, mesh), repeats)
             row["transfers"] = seconds(lambda: _transfers((q, k, v), group), repeats)
@@ -110,7 +121,7 @@ def gradient_row(mesh: Mesh, tokens: int, heads: int, repeats: int) -> dict[str,
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
     time = seconds(lambda: torch.autograd.grad(attend(q, k, v, tokens=tokens), (q, k, v), dout), repeats)
-    return {"seconds": time, "gib": (torch.cuda.max_memory_allocated() - base) / 2**30}
+    return {"seconds": time, "gib": (torch.cuda.max_memory_allocated() - base + shared_bytes()) / 2**30}
 
 
 def _computing(q: Dual, k: Dual, v: Dual, tokens: int, mesh: Mesh) -> None:
@@ -153,7 +164,7 @@ def layer_row(mesh: Mesh, tokens: int, repeats: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         time = seconds(lambda: net.blocks(x, cond), repeats)
-    return {"seconds": time, "gib": torch.cuda.max_memory_allocated() / 2**30}
+    return {"seconds": time, "gib": (torch.cuda.max_memory_allocated() + shared_bytes()) / 2**30}
 
 
 def meshes(world: int, heads: int) -> list[MeshConfig]:

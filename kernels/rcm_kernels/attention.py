@@ -30,6 +30,7 @@ def flash_attention_jvp(  # noqa: PLR0917 (the three tangents mirror the three p
     v_dot: Tensor | None = None,
     *,
     scale: float | None = None,
+    wide_out: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention and its directional derivative, in one pass over the keys.
 
@@ -43,6 +44,8 @@ def flash_attention_jvp(  # noqa: PLR0917 (the three tangents mirror the three p
         q, q_dot: [B, Sq, N, D].
         k, v, k_dot, v_dot: [B, Skv, N, D]. A tangent of None is zero, and its matmul is skipped.
         scale: factor on q k^T; None for D**-0.5.
+        wide_out: out in the dtype of lse, for a part that is to be merged: its rounding error would be multiplied by how much
+            lse_dot differs between the parts.
 
     Returns:
         out, out_dot: [B, Sq, N, D] in q's dtype.
@@ -57,7 +60,7 @@ def flash_attention_jvp(  # noqa: PLR0917 (the three tangents mirror the three p
     _check_tensors(q, k, like_q, like_kv)
     with torch.no_grad():
         forward = choose("jvp", q, k, v, q_dot, k_dot, v_dot)
-        out, out_dot, lse, lse_dot = forward(q, k, v, tangents=(q_dot, k_dot, v_dot), scale=scale)
+        out, out_dot, lse, lse_dot = forward(q, k, v, tangents=(q_dot, k_dot, v_dot), scale=scale, wide_out=wide_out)
     assert out_dot is not None and lse_dot is not None, "tangents went in, so tangents must come out"
     return out, out_dot, lse, lse_dot
 

@@ -35,10 +35,15 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def empty_results(q: Tensor, *, with_tangent: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Uninitialized out, out_dot [B, Sq, N, D], strides ordered as q's, and lse, lse_dot [B, N, Sq]."""
+def empty_results(
+    q: Tensor, *, with_tangent: bool, wide_out: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Uninitialized out, out_dot [B, Sq, N, D], strides ordered as q's, and lse, lse_dot [B, N, Sq].
+
+    wide_out: out in the dtype of lse.
+    """
     batch, queries, heads, _ = q.shape
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, dtype=accumulation_dtype(q) if wide_out else q.dtype)
     lse = torch.empty(batch, heads, queries, dtype=accumulation_dtype(q), device=q.device)
     return (out, torch.empty_like(q), lse, torch.empty_like(lse)) if with_tangent else (out, None, lse, None)
 
@@ -50,15 +55,18 @@ def forward(
     *,
     scale: float,
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    wide_out: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Returns out, out_dot [B, Sq, N, D], strides ordered as q's, and lse, lse_dot [B, N, Sq].
 
-    `tangents` are those of q, k and v; out_dot and lse_dot are None if q has none. Expects grad mode to be off and the
+    `tangents` are those of q, k and v; out_dot and lse_dot are None if q has none. wide_out: out in lse's dtype.
+
+    Expects grad mode to be off and the
     arguments to be valid.
     """
     q_dot, k_dot, v_dot = tangents
     rows, keys = _tile_size(q, k)
-    out, out_dot, lse, lse_dot = empty_results(q, with_tangent=q_dot is not None)
+    out, out_dot, lse, lse_dot = empty_results(q, with_tangent=q_dot is not None, wide_out=wide_out)
     kv_tiles = list(zip(*(_tiles(x, keys) for x in (k, v, k_dot, v_dot))))
     results = zip(
         _head_views(out, rows),

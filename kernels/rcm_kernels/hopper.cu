@@ -5,7 +5,8 @@
 // with each other: while one is in its softmax, or writes its results, another keeps the tensor cores busy. The grid is
 // persistent: tiles of queries are dealt round robin, those of one head in a row, so that its keys stay in the L2 cache.
 //
-// hopper.py defines D (64 or 128), BN, STAGES, GROUPS, TANGENT, K_TANGENT, V_TANGENT, BF16, MAX_RISE, and prepends
+// hopper.py defines D (64 or 128), BN, STAGES, GROUPS, BUFFERS, QUERY_BUFFERS, TANGENT, K_TANGENT, V_TANGENT, WIDE_OUT, BF16,
+// MAX_RISE, and prepends
 // wgmma_ss_<n> (both operands in shared memory) and wgmma_rs_<n> (the first in registers), n columns wide.
 //
 // Names: O = P V and T = P V_dot + H V are the accumulators, P = exp2(S - m), H = P (S_dot - c); l = rowsum(P), r = rowsum(H).
@@ -146,7 +147,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
               const __grid_constant__ TensorMap q_dot, const __grid_constant__ TensorMap k_dot,
               const __grid_constant__ TensorMap v_dot, const __grid_constant__ TensorMap out,
               const __grid_constant__ TensorMap out_dot, float* lse, float* lse_dot, int queries,
-              int keys, int heads, int works, float scale) {
+              int keys, int heads, int works, float scale, float* wide_out,
+              i64 wide_b, i64 wide_s, i64 wide_n) {
   extern __shared__ char memory[];
   __shared__ Barriers bars;
   const u32 q_at = (shared_address(memory) + 1023) & ~1023u, kv_at = q_at + QUERY_BUFFERS * QUERY_BYTES;
@@ -458,8 +460,17 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       }
     };
-    store(O, out, 0);
-    if (TANGENT) store(T, out_dot, BUFFERS - 1);
+    if (WIDE_OUT) {
+      float* to = wide_out + work.batch * wide_b + work.head * wide_n + first_column;
+#pragma unroll
+      for (int i = 0; i < D / 2; i += 2) {
+        const int row = first_of_group + row_in_group + 8 * ROW(i);
+        if (row < queries) *(float2*)(to + row * wide_s + i / 4 * 8) = make_float2(O[i], O[i + 1]);
+      }
+    } else {
+      store(O, out, 0);
+    }
+    if (TANGENT) store(T, out_dot, WIDE_OUT ? 0 : BUFFERS - 1);
     if (QUERY_BUFFERS == 2) wgmma_wait<0>();
   }
   if (leader) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -56,11 +56,13 @@ def forward(
     *,
     scale: float,
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    wide_out: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """As `blockwise.forward`, for tensors that are not `unfit`."""
     q_dot, k_dot, v_dot = tangents
-    results = empty_results(q, with_tangent=q_dot is not None)
-    variant = _Variant(q.dtype, q.shape[3], (q_dot is not None, k_dot is not None, v_dot is not None), k.shape[1] <= SHORT)
+    results = empty_results(q, with_tangent=q_dot is not None, wide_out=wide_out)
+    given = q_dot is not None, k_dot is not None, v_dot is not None
+    variant = _Variant(q.dtype, q.shape[3], given, k.shape[1] <= SHORT, wide_out)
     with torch.cuda.device(q.device):  # gives the current device back, whatever the driver's calls make current
         kernel = _kernel(variant, q.device)
         kernel.launch((q, k, v, q_dot, k_dot, v_dot), results, scale)
@@ -75,6 +77,7 @@ class _Variant:
     width: int
     tangents: tuple[bool, bool, bool]  # of q, k, v
     short: bool  # few keys
+    wide_out: bool = False  # out in float32
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -108,7 +111,7 @@ class _Variant:
         stages, buffers, _ = self.shared_memory()
         kind = "bf16" if self.dtype == torch.bfloat16 else "f16"
         constants = {"D": self.width, "BN": keys, "GROUPS": groups, "STAGES": stages, "BUFFERS": buffers}
-        constants["QUERY_BUFFERS"] = self.query_buffers
+        constants |= {"QUERY_BUFFERS": self.query_buffers, "WIDE_OUT": int(self.wide_out)}
         constants |= {"TANGENT": of_q, "K_TANGENT": of_k, "V_TANGENT": of_v, "BF16": int(kind == "bf16")}
         names = {"WGMMA_SS": f"wgmma_ss_{keys}", "WGMMA_RS": f"wgmma_rs_{self.width}"}
         names |= {"MAX_RISE": f"{MAX_RISE[self.dtype]}.0f", "INFINITY": "__int_as_float(0x7f800000)"}
@@ -142,10 +145,13 @@ class _Kernel:
         assert q is not None and k is not None and lse is not None, "these are always there"
         # A map that the kernel does not use must still be one: q's.
         rows = (64, self.keys, self.keys) * 2 + (64, 64)
-        maps = [_tensor_map(q if x is None else x, n) for x, n in zip((*inputs, out, out_dot), rows, strict=True)]
+        wide = out is not None and out.dtype != q.dtype  # the kernel then writes it without a map
+        mapped = (*inputs, None if wide else out, out_dot)
+        maps = [_tensor_map(q if x is None else x, n) for x, n in zip(mapped, rows, strict=True)]
         works = q.shape[0] * q.shape[2] * -(-q.shape[1] // self.queries)
         pointers = (lse.data_ptr(), 0 if lse_dot is None else lse_dot.data_ptr())
-        values = (*maps, *pointers, q.shape[1], k.shape[1], q.shape[2], works, scale)
+        unmapped = (out.data_ptr(), *out.stride()[:3]) if wide and out is not None else (0, 0, 0, 0)
+        values = (*maps, *pointers, q.shape[1], k.shape[1], q.shape[2], works, scale, *unmapped)
         _make_current(q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream
         grid = (min(works, self.blocks), 1, 1, self.threads, 1, 1)
@@ -157,6 +163,8 @@ _ARGUMENT_TYPES = (
     *(ctypes.c_void_p,) * 2,  # lse, lse_dot
     *(ctypes.c_int,) * 4,  # queries, keys, heads, works
     ctypes.c_float,  # scale
+    ctypes.c_void_p,  # out in float32, and its strides
+    *(ctypes.c_longlong,) * 3,
 )
 
 

@@ -52,13 +52,14 @@ def forward(
     *,
     scale: float,
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    wide_out: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """As `blockwise.forward`, for tensors that are not `unfit`."""
     from rcm_kernels.portable_kernel import attention_kernel
 
     q_dot, k_dot, v_dot = tangents
     batch, queries, heads, width = q.shape
-    out, out_dot, lse, lse_dot = results = empty_results(q, with_tangent=q_dot is not None)
+    out, out_dot, lse, lse_dot = results = empty_results(q, with_tangent=q_dot is not None, wide_out=wide_out)
     tile_queries, tile_keys, warps, stages = _tile(q)
     programs = -(-queries // tile_queries) * batch * heads
     assert programs <= MAX_PROGRAMS, f"{programs} tiles of queries; a grid holds {MAX_PROGRAMS}"

@@ -68,8 +68,8 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
         raise ValueError(f"mesh.cp={mesh.cp}: must be at least 1")
     if not 1 <= mesh.pp <= model.num_layers:
         raise ValueError(f"mesh.pp={mesh.pp}: must lie between 1 and model.num_layers={model.num_layers}")
-    if mesh.timeout_minutes <= 0:
-        raise ValueError(f"mesh.timeout_minutes={mesh.timeout_minutes}: must be positive")
+    if not 0 < mesh.timeout_minutes < math.inf:
+        raise ValueError(f"mesh.timeout_minutes={mesh.timeout_minutes}: must be a positive number")
     if tokens is not None and mesh.cp > tokens:
         raise ValueError(f"mesh.cp={mesh.cp} exceeds the {tokens} tokens of a sample: use at most {tokens}")
     if world_size % mesh.tp:
@@ -120,7 +120,11 @@ def _check_exchange(mesh: MeshConfig, heads: int) -> None:
         raise ValueError(
             f"mesh.cp_inner={mesh.cp_inner} with mesh.cp_mode=two_level must lie between 1 and mesh.cp={mesh.cp} and divide it "
             f"and the {heads} heads of a tensor-parallel rank: "
-            + (f"use one of {levels}" if levels else "none does; use mesh.cp_mode=ring")
+            + (
+                f"use one of {levels}"
+                if levels
+                else "none does; use mesh.cp_mode=ring" + (" or all_to_all" if mesh.cp in inner else "")
+            )
         )
 
 

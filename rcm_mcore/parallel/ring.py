@@ -45,10 +45,10 @@ def ring_attention_jvp(
         q, k, v = primals
         q_dot, k_dot, v_dot = tangents
         parts = [
-            Partial(*flash_attention_jvp(q, k_, v_, q_dot, k_dot_, v_dot_, scale=scale))
+            Partial(*flash_attention_jvp(q, k_, v_, q_dot, k_dot_, v_dot_, scale=scale, wide_out=group is not None))
             for k_, v_, k_dot_, v_dot_ in _filled_blocks((k, v, k_dot, v_dot), tokens, group)
         ]
-        out, out_dot, lse, lse_dot = merge(parts)
+        out, out_dot, lse, lse_dot = merge(parts, q.dtype)
         assert out_dot is not None and lse_dot is not None, "every part has tangents"
         return out, out_dot, lse, lse_dot
 

@@ -6,7 +6,9 @@ the multiprocessors to the computation beside it (docs/benchmarks/context_parall
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+# torch reads it when the first buffer is shared. Multicast is not used here, and some drivers fail to set it up.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 _ALIGNMENT = 1 << 20  # bytes; buffers are rarely made anew when sizes differ a little
 _peers: dict[dist.ProcessGroup, Peers | None] = {}
 
@@ -35,10 +40,33 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
             and len(devices) == group.size() <= torch.cuda.device_count()
             and all(torch.cuda.can_device_access_peer(index, other) for other in devices - {index})
         )
-        votes: list[Any] = [None] * group.size()
-        dist.all_gather_object(votes, reachable, group=group)
-        _peers[group] = Peers(group, device) if all(votes) else None
+        shares = _all_agree(reachable, group) and _all_agree(_can_share(group, device), group)
+        _peers[group] = Peers(group, device) if shares else None
+        if not shares and group.rank() == 0:
+            log.info("context parallelism passes keys on through NCCL: its ranks cannot read each other's memory")
     return _peers[group]
+
+
+def _all_agree(vote: bool, group: dist.ProcessGroup) -> bool:
+    votes: list[Any] = [None] * group.size()
+    dist.all_gather_object(votes, vote, group=group)
+    return all(votes)
+
+
+def _can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether a trial with a small buffer works."""
+    try:
+        _Shown(group, device)._grow(1)
+    except RuntimeError as error:
+        log.warning("sharing memory between GPUs failed: %s", error)
+        return False
+    return True
+
+
+def shared_bytes() -> int:
+    """Memory of this rank that is shared with others; torch's caching allocator does not count it."""
+    shown = [s for peers in _peers.values() if peers is not None for s in (peers.blocks_shown, peers.parts_shown)]
+    return sum(buffer.numel() for s in shown for buffer, _ in s.buffers)
 
 
 def forget() -> None:
@@ -62,15 +90,17 @@ class Peers:
         block, theirs = self.blocks_shown.show((len(own), *own[0].shape), own[0].dtype, own)
         computing = torch.cuda.current_stream(self.device)
         for step in range(1, size + 1):
-            coming = None
+            coming: Tensor | None = None
+            arrived: Any = None
             if step < size:
                 coming = torch.empty_like(block)
                 self.stream.wait_stream(computing)  # the memory of `coming` may still be read there
                 with torch.cuda.stream(self.stream):
                     coming.copy_(theirs((rank - step) % size))
+                    arrived = torch.cuda.current_stream(self.device).record_event()
             yield block
             if coming is not None:
-                computing.wait_stream(self.stream)
+                computing.wait_event(arrived)  # and not for parts that came after it
                 block = coming
 
 

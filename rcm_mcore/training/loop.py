@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rcm_mcore.config import Config
+from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
 from rcm_mcore.training.state import write_state
@@ -77,6 +78,6 @@ def _step(run: Run, run_log: RunLog) -> None:
             "seconds": seconds,
             "data_seconds": waited,
             "samples_per_second": run.config.train.global_batch_size / seconds,
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            "memory_gib": (torch.cuda.max_memory_allocated() + shared_bytes()) / 2**30 if on_gpu else None,
         }
     )
