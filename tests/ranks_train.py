@@ -1,12 +1,13 @@
 """On every rank: train each configuration of a list in turn, as the command line would (test_training.py, test_resume.py).
 
-Of the ranks that work on the same samples one must read them, and no other.
+Of the ranks that work on the same samples one must read them, and no other. Replicas of weights must be equal.
 """
 
 import logging
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from rcm_mcore.config import load_config
@@ -18,6 +19,16 @@ from rcm_mcore.training.setup import check
 reads = []
 
 
+def assert_replicas_are_equal(run):
+    """Bit for bit: weights on the ranks that hold the same ones, of layers and of what every stage has."""
+    for one in run.networks:
+        for name, param in one.net.named_parameters():
+            group = run.mesh.groups.dp_cp if getattr(param, "allreduce", True) else run.mesh.groups.expt_dp
+            copies = [torch.empty_like(param) for _ in range(group.size())]
+            dist.all_gather(copies, param.detach(), group=group)
+            assert all(torch.equal(copy, param) for copy in copies), f"{one.name}.{name} differs between ranks"
+
+
 def main(folder):
     read = RankReaders.read
     RankReaders.read = lambda self, k: (reads.append(k), read(self, k))[1]
@@ -27,7 +38,9 @@ def main(folder):
         config = load_config(path)
         check(config, dist.get_world_size())
         reads.clear()
-        mesh = train(config).mesh
+        run = train(config)
+        mesh = run.mesh
+        assert_replicas_are_equal(run)
         assert bool(reads) == (mesh.sample_group.rank() == 0), f"rank {dist.get_rank()} read {len(reads)} samples"
         destroy_mesh()
     if dist.get_rank() == 0:

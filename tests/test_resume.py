@@ -18,8 +18,13 @@ import torch
 from rcm_mcore.distill.ema import ema_beta
 from rcm_mcore.training.log import KEYS
 
-MESHES = {"one": {}, "tp2": {"tp": 2, "sp": True}, "dp2": {}}
-WORLD = {"one": 1, "tp2": 2, "dp2": 2}
+MESHES = {"one": {}, "tp2": {"tp": 2, "sp": True}, "dp2": {}, "cp2": {"cp": 2}, "pp2": {"pp": 2}}
+CHANGES = [
+    *((source, "one") for source in ("tp2", "dp2", "cp2", "pp2")),
+    *(("one", mesh) for mesh in ("tp2", "dp2", "cp2", "pp2")),
+    ("tp2", "pp2"),
+    ("pp2", "dp2"),
+]  # a run's mesh, and that of its continuation
 TIMES = {"seconds", "data_seconds", "samples_per_second"}
 
 
@@ -67,17 +72,16 @@ def runs(tmp_path_factory):
         2,
         [
             ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
-            ["run", config("tp2", "tp2")],
-            ["run", config("dp2", "dp2")],
-            *resumed("tp2", "tp2"),
-            *resumed("dp2", "dp2"),
-            *resumed("one", "tp2"),
-            *resumed("one", "dp2"),
+            *(["run", config(mesh, mesh)] for mesh in MESHES if mesh != "one"),
+            *(step for mesh in MESHES if mesh != "one" for step in resumed(mesh, mesh)),
+            *(step for source, mesh in CHANGES if mesh != "one" for step in resumed(source, mesh)),
             ["cut", str(folder / "one"), str(folder / "again"), 3],
             ["rewrite", config("again", "tp2"), str(folder / "rewritten")],
+            ["cut", str(folder / "one"), str(folder / "staged"), 3],
+            ["rewrite", config("staged", "pp2"), str(folder / "rewritten_pp2")],
         ],
     )[0]
-    carry_out(1, resumed("tp2", "one") + resumed("dp2", "one"))
+    carry_out(1, [step for source, mesh in CHANGES if mesh == "one" for step in resumed(source, mesh)])
     (folder / "errors.json").write_text(json.dumps(errors))
     return folder
 
@@ -121,7 +125,7 @@ def test_resumed_on_the_same_mesh_is_bit_equal(runs, mesh):
     assert {key: value for key, value in moved.items() if not value > 1e-9} == {}
 
 
-@pytest.mark.parametrize("source, mesh", [("tp2", "one"), ("one", "tp2"), ("dp2", "one"), ("one", "dp2")])
+@pytest.mark.parametrize("source, mesh", CHANGES)
 def test_resumed_on_another_mesh_equals_to_rounding(runs, source, mesh):
     unbroken, resumed = runs / source, runs / f"{source}_{mesh}"
     for ours, theirs in zip(metrics(resumed), metrics(unbroken), strict=True):
@@ -135,7 +139,7 @@ def test_resumed_on_another_mesh_equals_to_rounding(runs, source, mesh):
     assert {key: value for key, value in found.items() if not value <= limit[key]} == {}
 
 
-@pytest.mark.parametrize("name", ["one_one", "tp2_tp2", "dp2_dp2", "tp2_one", "one_tp2", "dp2_one", "one_dp2"])
+@pytest.mark.parametrize("name", [*(f"{mesh}_{mesh}" for mesh in MESHES), *map("_".join, CHANGES)])
 def test_resumed_reads_the_same_samples_and_logs_each_step_once(runs, name):
     unbroken, resumed = (state(runs / run / "step_000000006") for run in ("one", name))
     assert resumed == unbroken
@@ -158,8 +162,9 @@ def test_saved_positions_are_of_the_samples_consumed(runs):
 def test_a_checkpoint_survives_another_mesh_bit_for_bit(runs):
     """Loaded by one rank's file at tp2 and written from there: the same tensors, the same exported bytes."""
     here, there = runs / "one" / "step_000000003", runs / "rewritten" / "step_000000003"
-    assert set(tiny.differences(there, here).values()) == {0.0}
-    assert state(there) == state(here)
+    for other in (there, runs / "rewritten_pp2" / "step_000000003"):
+        assert set(tiny.differences(other, here).values()) == {0.0}
+        assert state(other) == state(here)
     spec = importlib.util.spec_from_file_location("convert", Path(__file__).parent.parent / "tools" / "convert_checkpoint.py")
     convert = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(convert)

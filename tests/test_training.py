@@ -18,6 +18,7 @@ CASES = {
     "tp2-sp-cp2": (4, dict(mesh={"tp": 2, "sp": True, "cp": 2})),
     "cp2-dp2": (4, dict(mesh={"cp": 2}, optim={"overlap_grad_reduce": True})),
     "pp2": (2, dict(mesh={"pp": 2})),
+    "pp4": (4, dict(mesh={"pp": 4}, model={"num_layers": 5}, train={"micro_batch_size": 1})),
     "pp2-tp2": (4, dict(mesh={"tp": 2, "sp": True, "pp": 2})),
     "pp2-cp2": (4, dict(mesh={"cp": 2, "pp": 2})),
     "pp2-dp2": (4, dict(mesh={"pp": 2}, optim={"overlap_grad_reduce": True})),
@@ -33,19 +34,23 @@ def runs(tmp_path_factory):
     """A teacher, then three steps (student, critic, student) under each mesh, a checkpoint after each."""
     folder = tmp_path_factory.mktemp("cycle")
     tiny.make_shards(folder / "shards")
-    teacher = tiny.config(folder / "shards", "", train={"steps": 20}, optim={"eps": 1e-8, "lr": 1e-3})
-    tiny.train_all(folder, {(1, "teacher"): teacher})
+    pretraining = lambda **model: tiny.config(
+        folder / "shards", "", train={"steps": 20}, optim={"eps": 1e-8, "lr": 1e-3}, model={**tiny.MODEL, **model}
+    )
+    tiny.train_all(folder, {(1, "teacher"): pretraining(), (1, "teacher5"): pretraining(num_layers=5)})
 
     def cycle(**sections):
+        teacher = "teacher5" if "num_layers" in sections.get("model", {}) else "teacher"
         tree = tiny.config(
             folder / "shards", "", "distill", checkpoint={"every": 1, "keep_last": 9},
-            distill={"teacher": str(folder / "teacher"), "student_every": 2, "guidance": 2.0, "rollout_max_steps": 2},
+            distill={"teacher": str(folder / teacher), "student_every": 2, "guidance": 2.0, "rollout_max_steps": 2},
         )  # fmt: skip
         for name, fields in sections.items():
             tree[name] = {**tree[name], **fields}
         return tree
 
-    configs = {(1, "one"): cycle(), **{(world, name): cycle(**sections) for name, (world, sections) in CASES.items()}}
+    configs = {(1, "one"): cycle(), (1, "one5"): cycle(model={"num_layers": 5})}
+    configs |= {(world, name): cycle(**sections) for name, (world, sections) in CASES.items()}
     tiny.train_all(folder, configs)
     return folder
 
@@ -59,13 +64,14 @@ def test_the_cycle_is_student_critic_student(runs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_rank(runs, name):
-    for ours, one in zip(tiny.log_lines(runs / name), tiny.log_lines(runs / "one"), strict=True):
+    reference = "one5" if "num_layers" in CASES[name][1].get("model", {}) else "one"
+    for ours, one in zip(tiny.log_lines(runs / name), tiny.log_lines(runs / reference), strict=True):
         for key in ("loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm"):
             assert (ours[key] is None) == (one[key] is None)
             assert one[key] is None or abs(ours[key] - one[key]) <= 2e-4 * abs(one[key]), (ours["step"], key)
     for step in (1, 2, 3):
         # After its first step the second moment of a network is (1 - beta2) g^2: the gradient, element by element.
-        found = tiny.differences(runs / name / f"step_{step:09d}", runs / "one" / f"step_{step:09d}")
+        found = tiny.differences(runs / name / f"step_{step:09d}", runs / reference / f"step_{step:09d}")
         gradients = {k: v for k, v in found.items() if "exp_avg_sq" in k}
         others = {k: v for k, v in found.items() if k not in gradients}
         assert {k: v for k, v in gradients.items() if not v <= 1e-3} == {}
