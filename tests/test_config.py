@@ -14,6 +14,7 @@ from rcm_mcore.config import (
     ConfigError,
     MeshConfig,
     ModelConfig,
+    layers_of_stages,
     load_config,
     parse_config,
     resolve_mesh,
@@ -191,15 +192,15 @@ WAN_14B = ModelConfig(size="14B", num_layers=40, hidden_size=5120, num_attention
     "model, mesh, ranks_per_node, wanted, reason",
     [
         (WAN_1_3B, MeshConfig(), 8, ("ring", 1), "one rank holds all tokens"),
-        (WAN_14B, MeshConfig(cp=8), 8, ("ring", 1), "ring: the ranks are within a node.*40 heads .* 8 ranks a node"),
+        (WAN_14B, MeshConfig(cp=8), 8, ("ring", 1), r"ring \(the ranks are within a node.*40 heads .* 8 ranks a node"),
         (WAN_14B, MeshConfig(tp=2, cp=4), 8, ("ring", 1), "20 heads"),
-        (WAN_14B, MeshConfig(tp=2, cp=8), 8, ("two_level", 4), "two_level, 4 ranks exchange heads: fewest transfers"),
+        (WAN_14B, MeshConfig(tp=2, cp=8), 8, ("two_level", 4), r"two_level, 4 ranks exchange heads \(fewest transfers"),
         (WAN_1_3B, MeshConfig(cp=16), 8, ("two_level", 4), "4 ranks exchange heads"),
         (WAN_14B, MeshConfig(cp=16), 8, ("two_level", 8), "8 ranks exchange heads"),
-        (WAN_14B, MeshConfig(tp=8, cp=4), 8, ("ring", 1), "ring: no number of ranks within a node divides the heads"),
-        (WAN_14B, MeshConfig(cp=8, cp_mode="ring"), 8, ("ring", 1), "ring: as configured"),
-        (WAN_14B, MeshConfig(cp=8, cp_mode="all_to_all"), 8, ("all_to_all", 8), "all_to_all: as configured"),
-        (WAN_14B, MeshConfig(cp=16, cp_mode="two_level"), 8, ("two_level", 8), "8 ranks exchange heads: as configured"),
+        (WAN_14B, MeshConfig(tp=8, cp=4), 8, ("ring", 1), r"ring \(no number of ranks within a node divides the heads"),
+        (WAN_14B, MeshConfig(cp=8, cp_mode="ring"), 8, ("ring", 1), r"ring \(as configured"),
+        (WAN_14B, MeshConfig(cp=8, cp_mode="all_to_all"), 8, ("all_to_all", 8), r"all_to_all \(as configured"),
+        (WAN_14B, MeshConfig(cp=16, cp_mode="two_level"), 8, ("two_level", 8), r"8 ranks exchange heads \(as configured"),
         (WAN_14B, MeshConfig(cp=8, cp_mode="two_level", cp_inner=2), 8, ("two_level", 2), "as configured"),
         (WAN_14B, MeshConfig(cp=4, cp_mode="two_level"), 1, ("two_level", 2), "as configured"),
     ],
@@ -209,6 +210,17 @@ def test_mode_of_context_parallelism(model, mesh, ranks_per_node, wanted, reason
     resolved, why = resolve_mesh(model, mesh, ranks_per_node=ranks_per_node)
     assert (resolved.cp_mode, resolved.cp_inner) == wanted
     assert re.search(reason, why)
+
+
+@pytest.mark.parametrize(
+    "layers, stages, wanted",
+    [(30, 4, [7, 8, 8, 7]), (40, 4, [10] * 4), (5, 4, [1, 1, 2, 1]), (30, 1, [30]), (3, 3, [1] * 3), (31, 4, [7, 8, 8, 8])],
+)
+def test_layers_of_stages(layers, stages, wanted):
+    """The first stage, which embeds, and then the last, which has the head, are the lighter ones."""
+    ranges = layers_of_stages(layers, stages)
+    assert sorted(len(r) for r in ranges) == sorted(wanted) and [len(r) for r in ranges] == wanted
+    assert [i for r in ranges for i in r] == list(range(layers))
 
 
 def test_mesh_gives_data_parallel_size():

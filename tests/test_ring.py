@@ -34,6 +34,12 @@ def test_bfloat16_is_within_the_budget(results, way, tokens, name):
     assert errors["ring"][name] <= 2 * errors["plain"].get(name, 0) + 1e-6
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_whose_lse_dot_differ_are_within_the_budget(results, name):
+    errors = results["drifting"]
+    assert errors["ring"][name] <= 2 * errors["plain"].get(name, 0) + 1e-6
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 31200, 32760, 75600, 84480])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
 def test_blocks_hold_every_token_once(tokens, size):

@@ -83,6 +83,9 @@ BAD = {
     "heads": ("pretrain", ["mesh.tp=3", "--dry-run", "--world-size=3"], ["mesh.tp=3", "model.num_attention_heads=2", "[1, 2]"]),
     "ranks": ("pretrain", ["mesh.tp=2", "--world-size=3", "--dry-run"], ["mesh.tp=2", "3 ranks"]),
     "tp on one rank": ("pretrain", ["mesh.tp=2"], ["mesh.tp=2", "1 ranks"]),
+    "cp over ranks": ("pretrain", ["mesh.cp=2", "--world-size=3", "--dry-run"], ["mesh.cp=2", "3 ranks", "[1, 3]"]),
+    "cp over tokens": ("pretrain", ["mesh.cp=9", "--world-size=9", "--dry-run"], ["mesh.cp=9 exceeds the 8 tokens", "at most 8"]),
+    "stages over layers": ("pretrain", ["mesh.pp=3", "--world-size=3", "--dry-run"], ["mesh.pp=3", "model.num_layers=2"]),
     "sp without tp": ("pretrain", ["mesh.sp=true"], ["mesh.sp=true", "mesh.tp=1"]),
     "world size in earnest": ("pretrain", ["--world-size=2"], ["--world-size 2", "--dry-run"]),
     "no ranks": ("pretrain", ["--dry-run", "--world-size=0"], ["--world-size 0", "at least 1"]),
@@ -183,11 +186,17 @@ def test_dry_run_prints_the_run_and_writes_nothing(place, config, capsys):
     assert err == "" and sorted(place.rglob("*")) == before
     assert parse_config(yaml.safe_load(out)) == load_config(path, overrides)
     facts = yaml.safe_load("".join(line[2:] + "\n" for line in out.splitlines() if line.startswith("# ")))
+    assert facts["pipeline"] == "one stage holds all layers"
     assert facts["data_parallel_size"] == 2 and facts["tokens_per_sample"] == 2 * 2 * 2
     assert facts["parameters"] == 73_056 and facts["first_prompt"].startswith("sample ")
     assert facts["free_gib"] > facts["checkpoint_gib"] > 0
     assert main([path, "--dry-run"]) == 0
     assert "# data_parallel_size: 1\n" in capsys.readouterr().out
+    split = ["mesh.cp=2", "mesh.pp=2", "train.micro_batch_size=1"]
+    assert main([path, *split, "--dry-run", "--world-size", "4"]) == 0
+    facts = yaml.safe_load("".join(line[2:] + "\n" for line in capsys.readouterr().out.splitlines() if line.startswith("# ")))
+    assert facts["data_parallel_size"] == 1 and facts["context_parallel"].startswith("ring (the ranks are within a node")
+    assert facts["pipeline"] == "2 stages of 1, 1 layers; with 4 microbatches each waits 20% of a pass"
 
 
 @pytest.fixture(scope="module")

@@ -90,12 +90,12 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
 
 
 def layers_of_stages(num_layers: int, stages: int) -> list[range]:
-    """The layers of each pipeline stage; where they do not divide, the first and then the last stages have one fewer.
+    """The layers of each pipeline stage; where they do not divide, the outer stages have one fewer, the first of all.
 
-    These also hold the embedding of patches and the head.
+    These also embed patches and have the head, and the first keeps the most microbatches in flight.
     """
     least, more = divmod(num_layers, stages)
-    fuller = sorted(range(stages), key=lambda stage: min(stage, stages - 1 - stage), reverse=True)[:more]
+    fuller = sorted(range(stages), key=lambda stage: (min(stage, stages - 1 - stage), stage), reverse=True)[:more]
     ends = [0]
     for stage in range(stages):
         ends.append(ends[-1] + least + (stage in fuller))
@@ -152,7 +152,7 @@ def resolve_mesh(model: ModelConfig, mesh: MeshConfig, *, ranks_per_node: int) -
     if mesh.cp == 1:
         return replace(mesh, cp_mode="ring", cp_inner=1), "one rank holds all tokens"
     text = {"ring": "ring", "all_to_all": "all_to_all", "two_level": f"two_level, {size} ranks exchange heads"}[mode]
-    return replace(mesh, cp_mode=mode, cp_inner=size), f"{text}: {why} ({facts})"
+    return replace(mesh, cp_mode=mode, cp_inner=size), f"{text} ({why}; {facts})"
 
 
 def _divisors(n: int) -> list[int]:

@@ -16,7 +16,7 @@ from rcm_kernels import backends, use_backends
 from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
-from rcm_mcore.config import Config, resolve_mesh, tokens_per_sample, validate_mesh
+from rcm_mcore.config import Config, layers_of_stages, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
@@ -89,12 +89,26 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         "data_parallel_size": dp,
         "tokens_per_sample": tokens,
         "context_parallel": resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[1],
+        "pipeline": pipeline_facts(config, train.global_batch_size // (dp * train.micro_batch_size)),
         "attention": ", ".join(f"{function} {name}" for function, name in attention.items()),
         "parameters": parameters,
         "checkpoint_gib": needed / 2**30,
         "free_gib": free / 2**30,
         "first_prompt": sample.prompts[0],
     }
+
+
+def pipeline_facts(config: Config, microbatches: int) -> str:
+    """The layers of each stage, and how long a stage waits for others in a pass over the microbatches of a step."""
+    stages = config.mesh.pp
+    if stages == 1:
+        return "one stage holds all layers"
+    layers = ", ".join(str(len(stage)) for stage in layers_of_stages(config.model.num_layers, stages))
+    idle = (stages - 1) / (microbatches + stages - 1)
+    more = (
+        "; more microbatches (a smaller train.micro_batch_size, fewer data-parallel ranks) make it less" if idle > 0.2 else ""
+    )
+    return f"{stages} stages of {layers} layers; with {microbatches} microbatches each waits {idle:.0%} of a pass{more}"
 
 
 def choose_attention(config: Config) -> dict[str, str]:
