@@ -34,10 +34,11 @@ def test_bfloat16_is_within_the_budget(results, way, tokens, name):
     assert errors["ring"][name] <= 2 * errors["plain"].get(name, 0) + 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_blocks_whose_lse_dot_differ_are_within_the_budget(results, name):
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_blocks_whose_lse_dot_differ_lose_no_digits(results, name):
+    """Parts of out in 16 bits would make out_dot ten times worse than on one rank, and worse than plain PyTorch."""
     errors = results["drifting"]
-    assert errors["ring"][name] <= 2 * errors["plain"].get(name, 0) + 1e-6
+    assert errors["ring"][name] <= errors["plain"][name]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 31200, 32760, 75600, 84480])

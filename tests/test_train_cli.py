@@ -84,7 +84,7 @@ BAD = {
     "ranks": ("pretrain", ["mesh.tp=2", "--world-size=3", "--dry-run"], ["mesh.tp=2", "3 ranks"]),
     "tp on one rank": ("pretrain", ["mesh.tp=2"], ["mesh.tp=2", "1 ranks"]),
     "cp over ranks": ("pretrain", ["mesh.cp=2", "--world-size=3", "--dry-run"], ["mesh.cp=2", "3 ranks", "[1, 3]"]),
-    "cp over tokens": ("pretrain", ["mesh.cp=9", "--world-size=9", "--dry-run"], ["mesh.cp=9 exceeds the 8 tokens", "at most 8"]),
+    "cp over tokens": ("pretrain", ["mesh.cp=9", "--world-size=9", "--dry-run"], ["mesh.cp=9 exceeds the 8 tokens", "most 8"]),
     "stages over layers": ("pretrain", ["mesh.pp=3", "--world-size=3", "--dry-run"], ["mesh.pp=3", "model.num_layers=2"]),
     "sp without tp": ("pretrain", ["mesh.sp=true"], ["mesh.sp=true", "mesh.tp=1"]),
     "world size in earnest": ("pretrain", ["--world-size=2"], ["--world-size 2", "--dry-run"]),
