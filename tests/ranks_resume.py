@@ -3,6 +3,7 @@
 The plan is a JSON list of [action, arguments ...]; what an action returns on each rank goes to the results by its place.
 """
 
+import dataclasses
 import json
 import logging
 import resource
@@ -15,8 +16,10 @@ import torch.distributed as dist
 from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder
 from rcm_mcore.config import load_config
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
+from rcm_mcore.training import setup
 from rcm_mcore.training.loop import save, train
 from rcm_mcore.training.setup import check, set_up
+from rcm_mcore.training.step import NonFiniteError
 
 
 def run(path):
@@ -61,12 +64,31 @@ def unwritable(path, rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def poisoned(path):
+    """Train with a number in the draws of step 2 that is not finite; returns the error, and whether weights are finite."""
+    with_draws = setup.with_draws
+
+    def poison(config, batch):
+        item = with_draws(config, batch)
+        if batch.step != 1:
+            return item
+        return dataclasses.replace(item, draws=dataclasses.replace(item.draws, eps_d=item.draws.eps_d * float("nan")))
+
+    setup.with_draws = poison
+    try:
+        train(load_config(path))
+    except NonFiniteError as error:
+        return str(error)
+    finally:
+        setup.with_draws = with_draws
+
+
 def main(folder):
     logging.getLogger("megatron").setLevel(logging.CRITICAL)
     init_distributed()
     results = []
     for name, *arguments in json.loads((folder / "plan.json").read_text()):
-        result = {"run": run, "cut": cut, "rewrite": rewrite, "unwritable": unwritable}[name](*arguments)
+        result = {"run": run, "cut": cut, "rewrite": rewrite, "unwritable": unwritable, "poisoned": poisoned}[name](*arguments)
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, result)
         results.append(everyone)

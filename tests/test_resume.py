@@ -68,10 +68,11 @@ def runs(tmp_path_factory):
     )  # fmt: skip
     teacher = str(tiny.write_config(folder / "teacher.yaml", teacher))
     carry_out(1, [["run", teacher], ["run", config("one", "one", checkpoint={"every": 1})], *resumed("one", "one")])
-    errors = carry_out(
+    errors, poisoned, *_ = carry_out(
         2,
         [
             ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
+            ["poisoned", config("poisoned", "pp2", checkpoint={"every": 1})],
             *(["run", config(mesh, mesh)] for mesh in MESHES if mesh != "one"),
             *(step for mesh in MESHES if mesh != "one" for step in resumed(mesh, mesh)),
             *(step for source, mesh in CHANGES if mesh != "one" for step in resumed(source, mesh)),
@@ -80,7 +81,8 @@ def runs(tmp_path_factory):
             ["cut", str(folder / "one"), str(folder / "staged"), 3],
             ["rewrite", config("staged", "pp2"), str(folder / "rewritten_pp2")],
         ],
-    )[0]
+    )
+    (folder / "poisoned.json").write_text(json.dumps(poisoned))
     carry_out(1, [step for source, mesh in CHANGES if mesh == "one" for step in resumed(source, mesh)])
     (folder / "errors.json").write_text(json.dumps(errors))
     return folder
@@ -181,6 +183,13 @@ def test_every_rank_learns_that_one_rank_could_not_write(runs):
     assert first == second and "\n" not in first
     assert "the checkpoint of step 1 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
     assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["log.jsonl"]
+
+
+def test_a_pipeline_stops_on_every_rank_before_weights_are_touched(runs):
+    """The critic of step 2 gets noise that is not finite; the checkpoint of step 1 is the last."""
+    first, second = json.loads((runs / "poisoned.json").read_text())
+    assert first == second and "step 1: 100% of the samples are not finite" in first and "train.max_nonfinite_share" in first
+    assert sorted(path.name for path in (runs / "poisoned").glob("step_*")) == ["step_000000001"]
 
 
 def kill_after_step_4(command, folder):

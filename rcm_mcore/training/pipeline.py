@@ -101,7 +101,9 @@ def forward_backward(
         outcome, again = replay.run()
         if again is None and outcome[0] is not None:
             return outcome
-        return primal(output).sum() * torch.nan, {} if outcome is None else outcome[1]
+        value = primal(output)
+        left_out = (~value.isfinite().flatten(1).all(1)).sum()
+        return value.sum() * torch.nan, {"samples": torch.tensor(len(value), device=value.device), "nonfinite_output": left_out}
 
     def forward_step(data: Iterator[tuple[_Replay, _Call]], model: Any) -> tuple[Tensor, Any]:
         replay, call = next(data)
