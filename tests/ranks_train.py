@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rcm_mcore.config import load_config
 from rcm_mcore.data import RankReaders
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
+from rcm_mcore.training.estimate import estimate
 from rcm_mcore.training.loop import train
 from rcm_mcore.training.setup import check
 
@@ -29,6 +30,17 @@ def assert_replicas_are_equal(run):
             assert all(torch.equal(copy, param) for copy in copies), f"{one.name}.{name} differs between ranks"
 
 
+def assert_counted(run):
+    """The fullest stage has the parameters that were estimated."""
+    mine = {True: 0, False: 0}
+    for param in run.networks[0].net.parameters():
+        mine[getattr(param, "allreduce", True)] += param.numel()
+    counts = torch.tensor([mine[True], mine[False]])
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    expected = estimate(run.config, dist.get_world_size())
+    assert counts.tolist() == [expected.layers, expected.embedders], f"{counts.tolist()}, estimated {expected}"
+
+
 def main(folder):
     read = RankReaders.read
     RankReaders.read = lambda self, k: (reads.append(k), read(self, k))[1]
@@ -41,6 +53,7 @@ def main(folder):
         run = train(config)
         mesh = run.mesh
         assert_replicas_are_equal(run)
+        assert_counted(run)
         assert bool(reads) == (mesh.sample_group.rank() == 0), f"rank {dist.get_rank()} read {len(reads)} samples"
         destroy_mesh()
     if dist.get_rank() == 0:

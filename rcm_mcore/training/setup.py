@@ -23,6 +23,7 @@ from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes, shape_of_model
 from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
+from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
 from rcm_mcore.training.state import RunState, read_state
 from rcm_mcore.training.step import with_draws
@@ -62,6 +63,8 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         )
     if config.data.readers % dp:
         raise ValueError(f"data.readers={config.data.readers} must be a multiple of the data-parallel size {dp}")
+    if torch.cuda.is_available():
+        refuse_what_cannot_fit(config, world_size, torch.cuda.get_device_properties(0).total_memory)
     negative(config)
     if config.train.objective == "distill":
         check_teacher(config)
@@ -92,6 +95,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         "pipeline": pipeline_facts(config, train.global_batch_size // (dp * train.micro_batch_size)),
         "attention": ", ".join(f"{function} {name}" for function, name in attention.items()),
         "parameters": parameters,
+        "states_gib_per_rank": estimate(config, world_size).states / 2**30,
         "checkpoint_gib": needed / 2**30,
         "free_gib": free / 2**30,
         "first_prompt": sample.prompts[0],

@@ -1,0 +1,121 @@
+"""What a run needs on a GPU and sends per step under a mesh, by arithmetic; states are exact but for the padding of shards.
+
+Memory of one rank, the fullest pipeline stage:
+
+    weights        of every network of the run, in the model's dtype
+    gradients      float32, of one network at a time (the others' buffers are freed)
+    optimizer      second moments and, for bfloat16, float32 masters of the trained networks, sharded; and the student's EMA
+    activations    inputs of the blocks that recompute keeps, for the microbatches in flight, and one block at work
+
+One block at work is taken as WORKING bytes a token and channel, which a forward of a dual layer of Wan 14B took on an H200,
+uncompiled (docs/benchmarks/context_parallel_h200_202611.md); what its backward takes has not been measured. Without recompute
+the estimate of activations is too low.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from rcm_mcore.config import Config, layers_of_stages, tokens_per_sample
+from rcm_mcore.interop import expected_shapes, shape_of_model
+
+GIB = 2**30
+WORKING = 81
+_WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
+# Parameters of a block that tensor parallelism does not split (hub names).
+_WHOLE = ("modulation", "norm3.weight", "norm3.bias", "o.bias", "ffn.2.bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes on one rank, and bytes that it sends."""
+
+    layers: int  # parameters of the fullest stage, embedders apart
+    embedders: int  # parameters that every stage holds
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    sent_tp: int  # in a forward of a microbatch with tangents
+    sent_cp: int
+    sent_pp: int
+    sent_dp: int  # in an optimizer step
+
+    @property
+    def states(self) -> int:
+        """What is there between steps, with the gradients of the network that trains."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations
+
+
+def estimate(config: Config, world_size: int) -> Estimate:
+    """Of a run under `config.mesh`, which must be valid, on `world_size` ranks."""
+    model, mesh, train = config.model, config.mesh, config.train
+    dp = world_size // (mesh.tp * mesh.cp * mesh.pp)
+    width = _WIDTHS[model.dtype]
+    layers, embedders = _parameters(config)
+    distill = train.objective == "distill"
+    trained = 2 if distill and config.distill.method != "scm" else 1
+    has_ema = config.optim.ema_length is not None
+    # An optimizer's shard: of the layers over data- and context-parallel ranks, of the embedders over stages too.
+    shard = math.ceil(layers / (dp * mesh.cp)) + math.ceil(embedders / (dp * mesh.cp * mesh.pp))
+    per_element = 4 + (4 if model.dtype == "bfloat16" else 0)
+
+    ranks = mesh.cp * (mesh.tp if mesh.sp else 1)
+    rows = math.ceil(tokens_per_sample(model, config.data.latent_shape) / ranks) * train.micro_batch_size
+    residual = max(width, 4) if model.fp32_residual else width
+    stage_layers = max(len(stage) for stage in layers_of_stages(model.num_layers, mesh.pp))
+    in_flight = min(mesh.pp, train.global_batch_size // (dp * train.micro_batch_size))
+    block_input = rows * model.hidden_size * residual
+    at_work = WORKING * rows * model.hidden_size
+
+    dual = 2 * rows * model.hidden_size
+    split = rows * (mesh.tp if mesh.sp else 1) * model.hidden_size // mesh.tp  # keys of this rank's heads
+    return Estimate(
+        layers=layers,
+        embedders=embedders,
+        weights=width * (layers + embedders) * (trained + distill),
+        gradients=4 * (layers + embedders),
+        optimizer=shard * (per_element * trained + (4 if has_ema else 0)),
+        activations=stage_layers * in_flight * block_input + at_work,
+        # Three gathers and three scatters a layer, of this rank's rows to or from each other rank (an all-reduce is both).
+        sent_tp=stage_layers * 6 * (mesh.tp - 1) * dual * width // (1 if mesh.sp else mesh.tp),
+        sent_cp=stage_layers * (mesh.cp - 1) * 4 * split * width,
+        sent_pp=0 if mesh.pp == 1 else dual * residual,
+        sent_dp=(4 + width) * (layers + embedders) * (dp * mesh.cp - 1) // (dp * mesh.cp),
+    )
+
+
+def _parameters(config: Config) -> tuple[int, int]:
+    """Parameters of one network on a rank of the fullest stage: of layers, patches and head; of the embedders."""
+    model, mesh = config.model, config.mesh
+    stages = layers_of_stages(model.num_layers, mesh.pp)
+    counts, embedders = [0] * mesh.pp, 0
+    for name, shape in expected_shapes(shape_of_model(asdict(model))).items():
+        size = math.prod(shape)
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            whole = rest in _WHOLE or rest.endswith(".o.bias")
+            stage = next(i for i, stage in enumerate(stages) if int(layer) in stage)
+            counts[stage] += size if whole else size // mesh.tp
+        elif name.startswith(("text_embedding", "time_embedding", "time_projection")):
+            embedders += size
+        else:
+            counts[0 if name.startswith("patch_embedding") else -1] += size
+    return max(counts), embedders
+
+
+def refuse_what_cannot_fit(config: Config, world_size: int, gpu_bytes: int) -> None:
+    """ValueError, with the estimate, where the states alone are more than a GPU has."""
+    needed = estimate(config, world_size)
+    if needed.states > gpu_bytes:
+        raise ValueError(
+            f"mesh.tp={config.mesh.tp}, mesh.cp={config.mesh.cp}, mesh.pp={config.mesh.pp} on {world_size} ranks needs "
+            f"{needed.states / GIB:.1f} GiB a GPU before activations (weights {needed.weights / GIB:.1f}, gradients "
+            f"{needed.gradients / GIB:.1f}, optimizer and EMA {needed.optimizer / GIB:.1f}); this GPU has "
+            f"{gpu_bytes / GIB:.1f}: raise mesh.tp or mesh.pp, or see tools/suggest_mesh.py"
+        )
