@@ -375,6 +375,21 @@ RING = _mutations(
     ("reads=mesh.sample_group.rank() == 0", "reads=True", "test_equals_one_rank[cp2]"),
 )  # fmt: skip
 
+PIPELINE = _mutations(
+    "rcm_mcore/models/wan/model.py",
+    "tests/test_training.py",
+    ("param.allreduce = False", "param.allreduce = True", "test_equals_one_rank[pp2]"),
+) + _mutations(
+    "rcm_mcore/training/pipeline.py",
+    "tests/test_training.py",
+    ("if not targets_follow_output(term):", "if True:", "test_equals_one_rank[pp2]"),
+) + _mutations(
+    "rcm_mcore/training/estimate.py",
+    "tests/test_estimate.py",
+    ("(trained + distill)", "trained", "test_states_of_14b_are_those_of_the_design[mesh0-179-0]"),
+    ("mesh.cp * mesh.pp)", "mesh.cp)", "test_states_of_14b_are_those_of_the_design[mesh2-107-0]"),
+)  # fmt: skip
+
 DATA = _mutations(
     "rcm_mcore/data/readers.py",
     "tests/test_data.py",
@@ -460,6 +475,7 @@ MUTATIONS = [
     *KERNELS,
     *PORTABLE,
     *RING,
+    *PIPELINE,
     *DATA,
     *INTEROP,
     *PARALLEL,
