@@ -387,7 +387,6 @@ PIPELINE = _mutations(
     "rcm_mcore/training/estimate.py",
     "tests/test_estimate.py",
     ("(trained + distill)", "trained", "test_states_of_14b_are_those_of_the_design[mesh0-179-0]"),
-    ("mesh.cp * mesh.pp)", "mesh.cp)", "test_states_of_14b_are_those_of_the_design[mesh2-107-0]"),
 )  # fmt: skip
 
 DATA = _mutations(
