@@ -64,15 +64,16 @@ def unwritable(path, rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def poisoned(path):
-    """Train with a number in the draws of step 2 that is not finite; returns the error, and whether weights are finite."""
+def poisoned(path, step, name):
+    """Train with draws of `step` (from 0), by their name, that are not finite; returns the error."""
     with_draws = setup.with_draws
 
     def poison(config, batch):
         item = with_draws(config, batch)
-        if batch.step != 1:
+        if batch.step != step:
             return item
-        return dataclasses.replace(item, draws=dataclasses.replace(item.draws, eps_d=item.draws.eps_d * float("nan")))
+        bad = {name: getattr(item.draws, name) * float("nan")}
+        return dataclasses.replace(item, draws=dataclasses.replace(item.draws, **bad))
 
     setup.with_draws = poison
     try:

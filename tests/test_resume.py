@@ -68,11 +68,12 @@ def runs(tmp_path_factory):
     )  # fmt: skip
     teacher = str(tiny.write_config(folder / "teacher.yaml", teacher))
     carry_out(1, [["run", teacher], ["run", config("one", "one", checkpoint={"every": 1})], *resumed("one", "one")])
-    errors, poisoned, *_ = carry_out(
+    errors, *poisoned = carry_out(
         2,
         [
             ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
-            ["poisoned", config("poisoned", "pp2", checkpoint={"every": 1})],
+            ["poisoned", config("poisoned_critic", "pp2", checkpoint={"every": 1}), 1, "eps_d"],
+            ["poisoned", config("poisoned_student", "pp2", checkpoint={"every": 1}), 2, "rollout_noise"],
             *(["run", config(mesh, mesh)] for mesh in MESHES if mesh != "one"),
             *(step for mesh in MESHES if mesh != "one" for step in resumed(mesh, mesh)),
             *(step for source, mesh in CHANGES if mesh != "one" for step in resumed(source, mesh)),
@@ -82,7 +83,7 @@ def runs(tmp_path_factory):
             ["rewrite", config("staged", "pp2"), str(folder / "rewritten_pp2")],
         ],
     )
-    (folder / "poisoned.json").write_text(json.dumps(poisoned))
+    (folder / "poisoned.json").write_text(json.dumps(poisoned[:2]))
     carry_out(1, [step for source, mesh in CHANGES if mesh == "one" for step in resumed(source, mesh)])
     (folder / "errors.json").write_text(json.dumps(errors))
     return folder
@@ -186,10 +187,12 @@ def test_every_rank_learns_that_one_rank_could_not_write(runs):
 
 
 def test_a_pipeline_stops_on_every_rank_before_weights_are_touched(runs):
-    """The critic of step 2 gets noise that is not finite; the checkpoint of step 1 is the last."""
-    first, second = json.loads((runs / "poisoned.json").read_text())
-    assert first == second and "step 1: 100% of the samples are not finite" in first and "train.max_nonfinite_share" in first
-    assert sorted(path.name for path in (runs / "poisoned").glob("step_*")) == ["step_000000001"]
+    """In a critic step, and in a student step, whose samples are made before the pass that has a graph."""
+    for (first, second), step, name in zip(json.loads((runs / "poisoned.json").read_text()), (1, 2), ("critic", "student")):
+        assert first == second and f"step {step}: " in first and "are not finite" in first
+        assert "train.max_nonfinite_share" in first
+        saved = sorted(path.name for path in (runs / f"poisoned_{name}").glob("step_*"))
+        assert saved[-1] == f"step_{step:09d}"  # the last before the error
 
 
 def kill_after_step_4(command, folder):

@@ -81,18 +81,21 @@ def forward_backward(
     roles: Roles = term.keywords["roles"]  # type: ignore[attr-defined]
     graph_at = None  # which call is the one that has a graph
     graph_calls: list[_Call] = []
+    active = replays
     while True:
-        wanted = [call for _, call in (replay.run() for replay in replays) if call is not None]
-        if not wanted:
+        pairs = [(replay, call) for replay in active if (call := replay.run()[1]) is not None]
+        # A second pass with a graph would leave samples out that are not finite: `loss_of` deals with them.
+        pairs = [(replay, call) for replay, call in pairs if graph_at is None or not call.has_graph]
+        if not pairs:
             break
-        assert len(wanted) == len(replays), "microbatches of one term want the same passes"
+        active, wanted = [replay for replay, _ in pairs], [call for _, call in pairs]
+        assert len({(call.role, call.has_graph) for call in wanted}) == 1, "microbatches of one term want the same passes"
         if wanted[0].has_graph:
-            assert graph_at is None, "one pass of a term has a graph"
             graph_at, graph_calls = len(replays[0].known), wanted
             if not targets_follow_output(term):
                 break
         # Where targets depend on the output, it is needed before the pass that gives it a graph.
-        for replay, result in zip(replays, _values(getattr(roles, wanted[0].role), wanted, trained, config, mesh), strict=True):
+        for replay, result in zip(active, _values(getattr(roles, wanted[0].role), wanted, trained, config, mesh), strict=True):
             replay.known.append(result)
     assert graph_at is not None, "a loss term has a pass with a graph"
 
