@@ -8,6 +8,7 @@ from rcm_kernels.merge import _merge_in_torch, _merge_in_triton
 
 CUTS = {"one": [0, 50], "two": [0, 1, 50], "five": [0, 10, 20, 21, 40, 50]}
 NAMES = ("out", "out_dot", "lse", "lse_dot")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU through Triton's interpreter
 
 
 def parts(primals, tangents, cuts, dtype, device="cpu"):
@@ -33,14 +34,10 @@ def test_equals_the_whole(cuts, sharpness):
 
 
 @pytest.mark.parametrize("width", [16, 20])
-@pytest.mark.parametrize(
-    "dtype, device",
-    [(torch.float16, "cpu"), (torch.float32, "cpu"), pytest.param(torch.bfloat16, "cuda", marks=pytest.mark.gpu1)],
-)
-def test_the_kernel_equals_pytorch(dtype, device, width):
-    """On a CPU through Triton's interpreter."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu1)])
+def test_the_kernel_equals_pytorch(dtype, width):
     primals, tangents = draw_dual(37, 50, width=width)
-    found = parts(primals, tangents, CUTS["five"], dtype, device)
+    found = parts(primals, tangents, CUTS["five"], dtype, DEVICE)
     eps = torch.finfo(dtype).eps
     for with_tangents in (True, False):
         some = found if with_tangents else [Partial(p.out, None, p.lse, None) for p in found]
@@ -57,7 +54,7 @@ def test_rows_of_any_strides(width=16):
     found = [
         Partial(
             *reference.attention_jvp(
-                *([x.float() for x in (xs[0], *(y[:, a:b] for y in xs[1:]))] for xs in (primals, tangents))
+                *([x.float().to(DEVICE) for x in (xs[0], *(y[:, a:b] for y in xs[1:]))] for xs in (primals, tangents))
             )
         )
         for a, b in [(0, 20), (20, 50)]
