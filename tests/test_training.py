@@ -22,6 +22,16 @@ CASES = {
     "pp2-tp2": (4, dict(mesh={"tp": 2, "sp": True, "pp": 2})),
     "pp2-cp2": (4, dict(mesh={"cp": 2, "pp": 2})),
     "pp2-dp2": (4, dict(mesh={"pp": 2}, optim={"overlap_grad_reduce": True})),
+    "pp2-vpp2": (2, dict(mesh={"pp": 2, "vpp": 2}, model={"num_layers": 5}, train={"micro_batch_size": 1})),
+    "pp2-vpp2-dp2": (
+        4,
+        dict(
+            mesh={"pp": 2, "vpp": 2},
+            model={"num_layers": 5},
+            train={"micro_batch_size": 1},
+            optim={"overlap_grad_reduce": True},
+        ),
+    ),
     "pp2-recompute": (2, dict(mesh={"pp": 2}, model={"recompute": "full"}, train={"micro_batch_size": 1})),
     "tp2-dp2": (4, dict(mesh={"tp": 2, "sp": True})),
     "accumulate": (1, dict(train={"micro_batch_size": 1})),

@@ -24,6 +24,7 @@ class MeshConfig:
     cp_mode: Literal["auto", "ring", "all_to_all", "two_level"] = "auto"
     cp_inner: int | None = None  # two_level: ranks that exchange heads; none: as many as can
     pp: int = 1  # pipeline-parallel size: the layers are split over it
+    vpp: int = 1  # chunks of layers of each pipeline rank (interleaved schedule): a smaller bubble, more messages
     timeout_minutes: float = 30.0  # a collective that waits longer for another rank fails
 
 
@@ -68,6 +69,13 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
         raise ValueError(f"mesh.cp={mesh.cp}: must be at least 1")
     if not 1 <= mesh.pp <= model.num_layers:
         raise ValueError(f"mesh.pp={mesh.pp}: must lie between 1 and model.num_layers={model.num_layers}")
+    if mesh.vpp < 1 or (mesh.vpp > 1 and mesh.pp == 1):
+        raise ValueError(f"mesh.vpp={mesh.vpp} with mesh.pp={mesh.pp}: chunks of layers are interleaved over 2 or more stages")
+    if mesh.pp * mesh.vpp > model.num_layers:
+        raise ValueError(
+            f"mesh.vpp={mesh.vpp} with mesh.pp={mesh.pp} makes {mesh.pp * mesh.vpp} chunks of "
+            f"model.num_layers={model.num_layers} layers: use mesh.vpp of at most {model.num_layers // mesh.pp}"
+        )
     if not 0 < mesh.timeout_minutes < math.inf:
         raise ValueError(f"mesh.timeout_minutes={mesh.timeout_minutes}: must be a positive number")
     if tokens is not None and mesh.cp > tokens:
@@ -100,6 +108,12 @@ def layers_of_stages(num_layers: int, stages: int) -> list[range]:
     for stage in range(stages):
         ends.append(ends[-1] + least + (stage in fuller))
     return [range(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def chunks_of_stages(num_layers: int, stages: int, chunks: int) -> list[list[range]]:
+    """The layers of each chunk of each stage: data pass through the first chunk of every stage, then through the second."""
+    ranges = layers_of_stages(num_layers, stages * chunks)
+    return [ranges[stage::stages] for stage in range(stages)]
 
 
 def _check_exchange(mesh: MeshConfig, heads: int) -> None:

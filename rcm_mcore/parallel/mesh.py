@@ -29,6 +29,7 @@ class Mesh:
     groups: ProcessGroupCollection
     device: torch.device
     embedders_gloo_group: dist.ProcessGroup  # groups.expt_dp over gloo
+    results_group: dist.ProcessGroup  # the pipeline ranks again, for what the last of them tells the others
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
@@ -112,6 +113,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         tensor_model_parallel_size=config.tp,
         context_parallel_size=config.cp,
         pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         distributed_timeout_minutes=config.timeout_minutes,
     )
     model_parallel_cuda_manual_seed(0)  # the trackers must exist; no layer of ours draws from them
@@ -121,7 +123,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     # are the embedders, which every pipeline stage holds (stack.md 5).
     groups.expt_dp, gloo = _holders_of_embedders(config)
     groups.intra_expt_dp = groups.expt_dp
-    return Mesh(config, groups, device, gloo)
+    return Mesh(config, groups, device, gloo, _results_group(config))
 
 
 def _holders_of_embedders(config: MeshConfig) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
@@ -132,6 +134,23 @@ def _holders_of_embedders(config: MeshConfig) -> tuple[dist.ProcessGroup, dist.P
         groups = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout, backend="gloo")
         if dist.get_rank() in ranks:
             mine = groups
+    assert mine is not None, "every rank is in one of them"
+    return mine
+
+
+def _results_group(config: MeshConfig) -> dist.ProcessGroup:
+    """This rank's pipeline stages in a group whose collectives take one multiprocessor while they wait for other stages."""
+    options = None
+    if torch.cuda.is_available():
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = 1
+    timeout, mine = timedelta(minutes=config.timeout_minutes), None
+    stride = dist.get_world_size() // config.pp
+    for first in range(stride):
+        ranks = list(range(first, dist.get_world_size(), stride))
+        group = dist.new_group(ranks, timeout=timeout, backend="nccl" if options else None, pg_options=options)
+        if dist.get_rank() in ranks:
+            mine = group
     assert mine is not None, "every rank is in one of them"
     return mine
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from rcm_mcore.config import Config, layers_of_stages, tokens_per_sample
+from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, tokens_per_sample
 from rcm_mcore.interop import expected_shapes, shape_of_model
 
 GIB = 2**30
@@ -68,8 +68,10 @@ def estimate(config: Config, world_size: int) -> Estimate:
     ranks = mesh.cp * (mesh.tp if mesh.sp else 1)
     rows = math.ceil(tokens_per_sample(model, config.data.latent_shape) / ranks) * train.micro_batch_size
     residual = max(width, 4) if model.fp32_residual else width
-    stage_layers = max(len(stage) for stage in layers_of_stages(model.num_layers, mesh.pp))
-    in_flight = min(mesh.pp, train.global_batch_size // (dp * train.micro_batch_size))
+    stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
+    stage_layers = max(sum(map(len, chunks)) for chunks in stages)
+    microbatches = train.global_batch_size // (dp * train.micro_batch_size)
+    in_flight = _layers_in_flight(max(len(chunk) for chunks in stages for chunk in chunks), mesh, microbatches)
     block_input = rows * model.hidden_size * residual
     at_work = WORKING * rows * model.hidden_size
 
@@ -81,26 +83,35 @@ def estimate(config: Config, world_size: int) -> Estimate:
         weights=width * (layers + embedders) * (trained + distill),
         gradients=4 * (layers + embedders),
         optimizer=shard * (per_element * trained + (4 if has_ema else 0)),
-        activations=stage_layers * in_flight * block_input + at_work,
+        activations=in_flight * block_input + at_work,
         # Three gathers and three scatters a layer, of this rank's rows to or from each other rank (an all-reduce is both).
         sent_tp=stage_layers * 6 * (mesh.tp - 1) * dual * width // (1 if mesh.sp else mesh.tp),
         sent_cp=stage_layers * (mesh.cp - 1) * 4 * split * width,
-        sent_pp=0 if mesh.pp == 1 else dual * residual,
+        sent_pp=0 if mesh.pp == 1 else mesh.vpp * dual * residual,
         sent_dp=(4 + width) * (layers + embedders) * (dp * mesh.cp - 1) // (dp * mesh.cp),
     )
+
+
+def _layers_in_flight(chunk: int, mesh: MeshConfig, microbatches: int) -> int:
+    """Layers of `chunk` layers a chunk whose inputs the first stage holds at most, a layer counted once for each microbatch.
+
+    Those of megatron's 1F1B: forwards before the first backward, and the one beside it.
+    """
+    before = mesh.pp - 1 if mesh.vpp == 1 else 2 * (mesh.pp - 1) + (mesh.vpp - 1) * mesh.pp
+    return chunk * min(before + 1, microbatches * mesh.vpp)
 
 
 def _parameters(config: Config) -> tuple[int, int]:
     """Parameters of one network on a rank of the fullest stage: of layers, patches and head; of the embedders."""
     model, mesh = config.model, config.mesh
-    stages = layers_of_stages(model.num_layers, mesh.pp)
+    stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
     counts, embedders = [0] * mesh.pp, 0
     for name, shape in expected_shapes(shape_of_model(asdict(model))).items():
         size = math.prod(shape)
         if name.startswith("blocks."):
             _, layer, rest = name.split(".", 2)
             whole = rest in _WHOLE or rest.endswith(".o.bias")
-            stage = next(i for i, stage in enumerate(stages) if int(layer) in stage)
+            stage = next(i for i, chunks in enumerate(stages) if any(int(layer) in chunk for chunk in chunks))
             counts[stage] += size if whole else size // mesh.tp
         elif name.startswith(("text_embedding", "time_embedding", "time_projection")):
             embedders += size

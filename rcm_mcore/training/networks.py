@@ -60,8 +60,10 @@ def make_trained(
 
 def finalize_on(trained: Trained, finalize: bool) -> None:
     """Whether the next schedule call is the one that reduces the gradients over ranks: one call an optimizer step."""
+    # The schedules hand over what they ran, which may be chunks of the network.
+    run = lambda model, *args, **kwargs: finalize_model_grads([trained.ddp], *args, **kwargs)
     net_config: Any = trained.net.config
-    net_config.finalize_model_grads_func = finalize_model_grads if finalize else None
+    net_config.finalize_model_grads_func = run if finalize else None
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -1,9 +1,10 @@
-"""A loss term over pipeline stages: every network pass runs over all microbatches at once, through megatron's schedules.
+"""A loss term over pipeline stages: every network pass runs over all microbatches before the next begins.
 
 The steps of distill/steps.py call networks as functions. Over stages a call cannot answer at once, so they get stand-ins: a
-call whose result is not known raises, the passes that all microbatches then want are run in one pipelined schedule, and the
+call whose result is not known raises, the passes that all microbatches then want follow each other through the stages, and the
 steps begin again with the results known so far. What they compute between two passes is cheap and the same on every stage. The
-pass that has a graph comes last, in 1F1B, so that the bubble is paid once per pass and not once per microbatch.
+pass that has a graph comes last, in megatron's 1F1B or, with chunks of layers, its interleaved form. The bubble is paid once
+for the passes without graphs (parallel/stages.py) and once for that with one, not for every pass and microbatch.
 """
 
 from __future__ import annotations
@@ -14,32 +15,30 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
-from rcm_mcore.config import Config
 from rcm_mcore.distill.steps import MicroBatch, MicroBatchStep, Roles, targets_follow_output
-from rcm_mcore.dual import Dual, MaybeDual, primal
+from rcm_mcore.dual import MaybeDual, primal
+from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.parallel.stages import Call, Coming, Stages
 from rcm_mcore.training.networks import Trained
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Pass:
     """A network pass that a step wants."""
 
     role: str
-    x: MaybeDual
-    s: MaybeDual
-    text: Tensor
+    arguments: Call
     has_graph: bool
 
 
 class _WantedError(Exception):
     """Raised by a stand-in for a network at a call whose result is not known."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Pass) -> None:
         super().__init__(call.role)
         self.call = call
 
@@ -53,7 +52,7 @@ class _Replay:
     known: list[Any] = field(default_factory=list)
     calls: int = 0
 
-    def run(self) -> tuple[Any, _Call | None]:
+    def run(self) -> tuple[Any, _Pass | None]:
         """The outcome of the step, or the next pass that it wants."""
         self.calls = 0
         stand_ins = {role: partial(self._answer, role) for role in ("student", "teacher", "fake_score")}
@@ -66,38 +65,21 @@ class _Replay:
     def _answer(self, role: str, x: MaybeDual, s: MaybeDual, text: Tensor) -> Any:
         self.calls += 1
         if self.calls <= len(self.known):
-            return self.known[self.calls - 1]
-        raise _WantedError(_Call(role, x, s, text, torch.is_grad_enabled()))
+            known = self.known[self.calls - 1]
+            return known.wait() if isinstance(known, Coming) else known
+        raise _WantedError(_Pass(role, Call(x, s, text), torch.is_grad_enabled()))
 
 
 def forward_backward(
-    trained: Trained, term: MicroBatchStep, microbatches: Sequence[MicroBatch], config: Config, mesh: Mesh
+    trained: Trained, term: MicroBatchStep, microbatches: Sequence[MicroBatch], mesh: Mesh
 ) -> list[dict[str, Tensor]]:
     """As on one stage: the gradients of a loss term are added; metrics of each microbatch, on the last stage alone.
 
     A sample whose output is not finite makes the gradient not finite, and so stops the run: it cannot be left out here.
     """
     replays = [_Replay(term, batch) for batch in microbatches]
-    roles: Roles = term.keywords["roles"]  # type: ignore[attr-defined]
-    graph_at = None  # which call is the one that has a graph
-    graph_calls: list[_Call] = []
-    active = replays
-    while True:
-        pairs = [(replay, call) for replay in active if (call := replay.run()[1]) is not None]
-        # A second pass with a graph would leave samples out that are not finite: `loss_of` deals with them.
-        pairs = [(replay, call) for replay, call in pairs if graph_at is None or not call.has_graph]
-        if not pairs:
-            break
-        active, wanted = [replay for replay, _ in pairs], [call for _, call in pairs]
-        assert len({(call.role, call.has_graph) for call in wanted}) == 1, "microbatches of one term want the same passes"
-        if wanted[0].has_graph:
-            graph_at, graph_calls = len(replays[0].known), wanted
-            if not targets_follow_output(term):
-                break
-        # Where targets depend on the output, it is needed before the pass that gives it a graph.
-        for replay, result in zip(active, _values(getattr(roles, wanted[0].role), wanted, trained, config, mesh), strict=True):
-            replay.known.append(result)
-    assert graph_at is not None, "a loss term has a pass with a graph"
+    stages = Stages(mesh)
+    graph_at, graph_calls = _know_all_but_the_graph(replays, term, stages, mesh)
 
     def loss_of(replay: _Replay, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
         replay.known[graph_at : graph_at + 1] = [output]
@@ -108,44 +90,87 @@ def forward_backward(
         left_out = (~value.isfinite().flatten(1).all(1)).sum()
         return value.sum() * torch.nan, {"samples": torch.tensor(len(value), device=value.device), "nonfinite_output": left_out}
 
-    def forward_step(data: Iterator[tuple[_Replay, _Call]], model: Any) -> tuple[Tensor, Any]:
+    def forward_step(data: Iterator[tuple[_Replay, _Pass]], chunk: _Chunk) -> tuple[Tensor, Any]:
         replay, call = next(data)
-        output = model(call.x, call.s, call.text)
-        if not mesh.is_last_stage:
+        output = chunk(*call.arguments)
+        if not (mesh.is_last_stage and chunk.index == trained.net.num_chunks - 1):
             return output, None
         loss, metrics = loss_of(replay, output)
         return loss, lambda value: (value, metrics)
 
-    return _schedule(trained.ddp, forward_step, list(zip(replays, graph_calls)), trained, config, forward_only=False)
+    outcomes = _schedule(trained.net, forward_step, list(zip(replays, graph_calls)), mesh)
+    for replay in replays:
+        for known in replay.known:  # whatever other stages have sent and this one had no need of
+            if isinstance(known, Coming):
+                known.wait()
+    stages.finish()
+    return outcomes
 
 
-@torch.no_grad()
-def _values(network: Any, calls: list[_Call], trained: Trained, config: Config, mesh: Mesh) -> list[Tensor]:
-    """The outputs of a network, without graphs, on every stage."""
+def _know_all_but_the_graph(
+    replays: list[_Replay], term: MicroBatchStep, stages: Stages, mesh: Mesh
+) -> tuple[int, list[_Pass]]:
+    """Run the passes that have no graph; returns which call of a step is the one that has, and its arguments in each."""
+    roles: Roles = term.keywords["roles"]  # type: ignore[attr-defined]
+    graph_at, graph_calls = -1, []
+    active = replays
+    while active:
+        following: list[_Replay] = []
+        # With chunks of layers as many microbatches go through the first as the stages need to be busy, then through the next.
+        size = 1 if mesh.config.vpp == 1 else mesh.pp_size
+        for group in (active[i : i + size] for i in range(0, len(active), size)):
+            wanted = [(replay, call) for replay in group if (call := replay.run()[1]) is not None]
+            # A second pass with a graph would leave samples out that are not finite: `loss_of` deals with them.
+            wanted = [(r, call) for r, call in wanted if not call.has_graph or graph_at in (-1, len(r.known))]
+            if not wanted:
+                continue
+            calls = [call for _, call in wanted]
+            assert len({(call.role, call.has_graph) for call in calls}) == 1, "microbatches of one term want the same passes"
+            if calls[0].has_graph:
+                graph_at = len(wanted[0][0].known)
+                graph_calls += calls
+                if not targets_follow_output(term):
+                    continue
+            # Where targets depend on the output, it is needed before the pass that gives it a graph.
+            results = stages.forward(getattr(roles, calls[0].role), [call.arguments for call in calls])
+            for (replay, _), result in zip(wanted, results, strict=True):
+                replay.known.append(result)
+                following.append(replay)
+        active = following
+    assert graph_at >= 0, "a loss term has a pass with a graph"
+    return graph_at, graph_calls
 
-    def forward_step(data: Iterator[tuple[None, _Call]], model: Any) -> tuple[Tensor, Any]:
-        _, call = next(data)
-        return model(call.x, call.s, call.text), lambda output, non_loss_data: output
 
-    outputs = _schedule(network, forward_step, [(None, call) for call in calls], trained, config, forward_only=True)
-    x = primal(calls[0].x)
-    dtype = torch.promote_types(getattr(torch, config.model.dtype), torch.float32)
-    values = torch.stack(outputs) if mesh.is_last_stage else torch.empty(len(calls), *x.shape, dtype=dtype, device=x.device)
-    dist.broadcast(values, dist.get_global_rank(mesh.pp_group, mesh.pp_size - 1), group=mesh.pp_group)
-    return list(values)
+class _Chunk(nn.Module):
+    """A chunk of a rank's layers, as megatron's schedules call it."""
+
+    def __init__(self, net: WanModel, index: int) -> None:
+        super().__init__()
+        self.net, self.index, self.config, self.model_type = net, index, net.config, net.model_type
+
+    def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor) -> MaybeDual:
+        return self.net(x, s, text, chunk=self.index)
+
+    def set_input_tensor(self, hidden: Any) -> None:
+        self.net.set_input_tensor(hidden)
 
 
-def _schedule(
-    model: Any, forward_step: Any, items: list[tuple[Any, _Call]], trained: Trained, config: Config, *, forward_only: bool
-) -> list[Any]:
-    x = items[0][1].x
+def _schedule(net: WanModel, forward_step: Any, items: list[tuple[_Replay, _Pass]], mesh: Mesh) -> list[Any]:
+    """Forward and backward of every item; what `forward_step` reports of each, on the last stage."""
+    chunks = [_Chunk(net, i) for i in range(net.num_chunks)]
+    rows, batch, _ = net.hidden_shape(items[0][1].arguments.x)
+    split = mesh.cp_size * (mesh.tp_size if net.config.sequence_parallel else 1)
+    # Microbatches of a chunk before the next chunk's: the fewest that leave no group smaller than the stages.
+    sizes = range(mesh.pp_size, len(items) + 1)
+    net.config.microbatch_group_size_per_vp_stage = next(
+        (n for n in sizes if len(items) % n == 0 or len(items) % n >= mesh.pp_size), mesh.pp_size
+    )
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(items),
-        model=model,
+        data_iterator=[iter(items) for _ in chunks],
+        model=chunks,
         num_microbatches=len(items),
-        seq_length=trained.net.tokens_in_schedule(config.data.latent_shape),
-        micro_batch_size=len(primal(x)) * (2 if isinstance(x, Dual) else 1),
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
+        seq_length=rows * split,
+        micro_batch_size=batch,
+        forward_only=False,
     )

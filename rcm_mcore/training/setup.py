@@ -16,7 +16,7 @@ from rcm_kernels import backends, use_backends
 from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
-from rcm_mcore.config import Config, layers_of_stages, resolve_mesh, tokens_per_sample, validate_mesh
+from rcm_mcore.config import Config, chunks_of_stages, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
@@ -61,6 +61,13 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
             f"train.global_batch_size={train.global_batch_size} must be a multiple of the data-parallel size {dp} times "
             f"train.micro_batch_size={train.micro_batch_size}"
         )
+    microbatches = train.global_batch_size // (dp * train.micro_batch_size)
+    if config.mesh.vpp > 1 and microbatches < config.mesh.pp:
+        raise ValueError(
+            f"mesh.vpp={config.mesh.vpp} needs at least mesh.pp={config.mesh.pp} microbatches, but a step has {microbatches}: "
+            f"train.global_batch_size={train.global_batch_size} over {dp} data-parallel ranks in microbatches of "
+            f"train.micro_batch_size={train.micro_batch_size}; use mesh.vpp=1 or more microbatches"
+        )
     if config.data.readers % dp:
         raise ValueError(f"data.readers={config.data.readers} must be a multiple of the data-parallel size {dp}")
     if torch.cuda.is_available():
@@ -92,7 +99,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         "data_parallel_size": dp,
         "tokens_per_sample": tokens,
         "context_parallel": resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[1],
-        "pipeline": pipeline_facts(config, train.global_batch_size // (dp * train.micro_batch_size)),
+        "pipeline": pipeline_facts(config, microbatches),
         "attention": ", ".join(f"{function} {name}" for function, name in attention.items()),
         "parameters": parameters,
         "states_gib_per_rank": estimate(config, world_size).states / 2**30,
@@ -104,13 +111,16 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
 
 def pipeline_facts(config: Config, microbatches: int) -> str:
     """The layers of each stage, and how long a stage waits for others in a pass over the microbatches of a step."""
-    stages = config.mesh.pp
+    stages, chunks = config.mesh.pp, config.mesh.vpp
     if stages == 1:
         return "one stage holds all layers"
-    layers = ", ".join(str(len(stage)) for stage in layers_of_stages(config.model.num_layers, stages))
-    idle = (stages - 1) / (microbatches + stages - 1)
+    ranges = chunks_of_stages(config.model.num_layers, stages, chunks)
+    layers = ", ".join("+".join(str(len(chunk)) for chunk in stage) for stage in ranges)
+    idle = (stages - 1) / (chunks * microbatches + stages - 1)
     more = (
-        "; more microbatches (a smaller train.micro_batch_size, fewer data-parallel ranks) make it less" if idle > 0.2 else ""
+        "; more microbatches (a smaller train.micro_batch_size, fewer data-parallel ranks) or mesh.vpp make it less"
+        if idle > 0.2
+        else ""
     )
     return f"{stages} stages of {layers} layers; with {microbatches} microbatches each waits {idle:.0%} of a pass{more}"
 
@@ -223,8 +233,7 @@ def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Train
     student_net = build_network(config.model, mesh, seed=seed, trainable=True)
     if config.train.objective == "pretrain":
         student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=steps, has_ema=has_ema)
-        net = student.ddp
-        roles = Roles(student=net, teacher=net, fake_score=net, negative=text, sample_group=group)
+        roles = Roles(student=student_net, teacher=student_net, fake_score=student_net, negative=text, sample_group=group)
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)
@@ -243,8 +252,8 @@ def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Train
         lr = config.optim.fake_score_lr
         critic = wrap("fake_score", fake_net, peak_lr=lr, total_steps=critic_steps, has_ema=False)
         networks.append(critic)
-        trained["critic"], fake_score = critic, critic.ddp
-    roles = Roles(student=student.ddp, teacher=teacher, fake_score=fake_score, negative=text, sample_group=group)
+        trained["critic"], fake_score = critic, fake_net
+    roles = Roles(student=student_net, teacher=teacher, fake_score=fake_score, negative=text, sample_group=group)
     return networks, roles, trained
 
 

@@ -90,8 +90,11 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
         last = i == len(terms) - 1
         finalize_on(trained, last)
         with contextlib.nullcontext() if last else trained.ddp.no_sync():
-            run = partial(pipeline.forward_backward, mesh=mesh) if mesh.pp_size > 1 else _forward_backward
-            for outcome in run(trained, term, microbatches, config):
+            if mesh.pp_size > 1:
+                outcomes = pipeline.forward_backward(trained, term, microbatches, mesh)
+            else:
+                outcomes = _forward_backward(trained, term, microbatches, config)
+            for outcome in outcomes:
                 for name, value in outcome.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
     sums = _from_last_stage(sums, mesh) | {"bad_samples": bad_samples}

@@ -74,13 +74,13 @@ class BlockStack(nn.ModuleDict):
         super().__init__({str(i): block for i, block in blocks.items()})
         self.recompute = recompute
 
-    def forward(self, x: MaybeDual, cond: Conditioning) -> MaybeDual:
-        """Hidden states [s, B, M] through every block.
+    def forward(self, x: MaybeDual, cond: Conditioning, layers: range) -> MaybeDual:
+        """Hidden states [s, B, M] through the blocks at `layers`.
 
         With gradients on, a Dual always goes the one-pass way: its primal output has a graph, its tangent none.
         """
         recompute = torch.is_grad_enabled() and (isinstance(x, Dual) or self.recompute == "full")
-        for block in self.values():
+        for block in (self[str(i)] for i in layers):
             x = _run_recomputed(block, x, cond) if recompute else block(x, cond)
         return x
 

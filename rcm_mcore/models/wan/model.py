@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rcm_mcore import dual
-from rcm_mcore.config import MeshConfig, ModelConfig, layers_of_stages, tokens_per_sample
+from rcm_mcore.config import MeshConfig, ModelConfig, chunks_of_stages, tokens_per_sample
 from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.blocks import BlockStack, Conditioning
@@ -46,6 +46,9 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
         sequence_parallel=mesh.sp,
         params_dtype=dtype,
         pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
+        overlap_p2p_comm=mesh.vpp > 1,  # the interleaved schedule is silently wrong without one and with the other
+        batch_p2p_comm=mesh.vpp == 1,
         pipeline_dtype=torch.promote_types(dtype, torch.float32) if model.fp32_residual else dtype,  # of hidden states
         bf16=dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,  # needs apex
@@ -71,8 +74,11 @@ class WanModel(MegatronModule):
         super().__init__(config=config)
         self.model, self.groups, self.tp_group, self.cp_group = model, groups, groups.tp, groups.cp
         stage, stages = groups.pp.rank(), groups.pp.size()
+        self.num_chunks: int = config.virtual_pipeline_model_parallel_size or 1
+        self.chunk_layers = chunks_of_stages(model.num_layers, stages, self.num_chunks)[stage]
         self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
         self.pre_process, self.post_process = stage == 0, stage == stages - 1
+        self.output_dtype = ew.island_dtype(config.params_dtype)
         self._from_stage_before: Tensor | None = None
         width, channels = model.hidden_size, model.in_channels * math.prod(model.patch_size)
         if self.pre_process:
@@ -88,23 +94,20 @@ class WanModel(MegatronModule):
                 param.allreduce = False  # type: ignore[attr-defined]  # every stage has them: see parallel/mesh.py
         spec = wan_block_spec(model.transformer_impl)
         self.blocks = BlockStack(
-            {
-                i: build_module(spec, config=config, model=model, groups=groups)
-                for i in layers_of_stages(model.num_layers, stages)[stage]
-            },
+            {i: build_module(spec, config=config, model=model, groups=groups) for layers in self.chunk_layers for i in layers},
             recompute=model.recompute,
         )
         if self.post_process:
             self.head = _Head(width, channels, config=config)
 
-    def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor) -> MaybeDual:
+    def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor, *, chunk: int = 0) -> MaybeDual:
         """Velocity at x [B, C, F, H, W] and rectified-flow time s [B] (any float dtype), text [B, X, text_dim].
 
         Returns [B, C, F, H, W] in max(float32, model dtype), a Dual if `x` or `s` is one (a missing tangent is zero);
         its tangent has no graph. Raises ValueError for inputs the network does not take.
 
-        On pipeline stages, all called with the same arguments: hidden states come from `set_input_tensor` and go to the next
-        stage as one tensor, [s, B, M], or [s, 2 B, M] for a Dual.
+        On pipeline stages, all called with the same arguments, once for each of their chunks of layers: hidden states come from
+        `set_input_tensor` and go to the next stage as one tensor, [s, B, M], or [s, 2 B, M] for a Dual.
         """
         self._check(primal(x), primal(s), text)
         if isinstance(x, Dual) or isinstance(s, Dual):
@@ -120,15 +123,15 @@ class WanModel(MegatronModule):
 
         split = self.cp_group.size() > 1 or self.config.sequence_parallel
         y: MaybeDual
-        if self.pre_process:
+        if self.pre_process and chunk == 0:
             y = rowwise(partial(patchify, patch=patch), x)
             y = rowwise(self._embed_patches, dual.linear(self._scatter, y) if split else y)
         else:
             hidden, self._from_stage_before = self._from_stage_before, None
             assert hidden is not None, "set_input_tensor comes first"
             y = dual.unstack(hidden) if isinstance(x, Dual) else hidden
-        y = self.blocks(y, cond)
-        if not self.post_process:
+        y = self.blocks(y, cond, self.chunk_layers[chunk])
+        if not (self.post_process and chunk == self.num_chunks - 1):
             return dual.stack(y)
         y = rowwise(partial(self.head, eps=self.model.eps), y, e)
         y = dual.linear(lambda rows: self._gather(rows)[:tokens], y) if split else y
@@ -136,8 +139,8 @@ class WanModel(MegatronModule):
 
     def _padded(self, x: Tensor) -> Tensor:
         """x [S, ...] with zero rows up to a number that its ranks divide."""
-        ranks = self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % ranks)) if len(x) % ranks else x
+        missing = -len(x) % self._token_ranks
+        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x
 
     def _cp_rank_rows(self, x: Tensor) -> Tensor:
         """The rows of x [S, ...] that this context-parallel rank holds, a view unless padded."""
@@ -165,7 +168,6 @@ class WanModel(MegatronModule):
         """Called by megatron's schedules: what the stage before sent; nothing on the first stage."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
-        assert (input_tensor is None) == self.pre_process, "hidden states come from another stage, but on the first"
         self._from_stage_before = input_tensor
 
     def is_of_another_stage(self, name: str) -> bool:
@@ -176,10 +178,16 @@ class WanModel(MegatronModule):
             return layer not in self.blocks and layer in map(str, range(self.model.num_layers))
         return not hasattr(self, first) and first in ("patch_embedding", "head")
 
-    def tokens_in_schedule(self, latent_shape: tuple[int, ...]) -> int:
-        """The tokens of a sample [C, F, H, W] with their padding, as megatron's schedules count them."""
-        ranks = self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        return -(-tokens_per_sample(self.model, latent_shape) // ranks) * ranks
+    def hidden_shape(self, x: MaybeDual) -> tuple[int, int, int]:
+        """Of the message to the next stage for latents x [B, C, F, H, W]: [s, B, M], or [s, 2 B, M] for a Dual."""
+        batch, *latent = primal(x).shape
+        tokens = tokens_per_sample(self.model, tuple(latent))
+        return -(-tokens // self._token_ranks), batch * (2 if isinstance(x, Dual) else 1), self.model.hidden_size
+
+    @property
+    def _token_ranks(self) -> int:
+        """Ranks that the tokens of a sample are split over."""
+        return self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
 
     def _embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """s [B] -> e [B, M] for the head, e0 [6, B, M] for the blocks; wide from the float64 sinusoid on."""
