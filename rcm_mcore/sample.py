@@ -41,6 +41,7 @@ class SampleRequest:
     cp: int = 1
     cp_mode: Literal["auto", "ring", "all_to_all", "two_level"] = "auto"
     cp_inner: int | None = None
+    pp: int = 1
     dtype: str | None = None
 
 
@@ -76,7 +77,8 @@ def check(request: SampleRequest, world_size: int) -> ModelConfig:
 
 
 def _mesh_of(request: SampleRequest) -> MeshConfig:
-    return MeshConfig(tp=request.tp, sp=request.sp, cp=request.cp, cp_mode=request.cp_mode, cp_inner=request.cp_inner)
+    fields = ("tp", "sp", "cp", "cp_mode", "cp_inner", "pp")
+    return MeshConfig(**{name: getattr(request, name) for name in fields})
 
 
 def sample(request: SampleRequest) -> SampleResult:
@@ -91,10 +93,10 @@ def sample(request: SampleRequest) -> SampleResult:
     from rcm_mcore.distill.roles import guided
     from rcm_mcore.models.wan import build_wan
     from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
+    from rcm_mcore.parallel.stages import as_function
 
     model = check(request, int(os.environ.get("WORLD_SIZE", "1")))
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    resolved, why = resolve_mesh(model, _mesh_of(request), ranks_per_node=ranks_per_node)
+    resolved, why = resolve_mesh(model, _mesh_of(request), ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     mesh = make_mesh(resolved)
     if mesh.is_main and request.cp > 1:
         print(f"context parallelism: {why}", file=sys.stderr)
@@ -116,7 +118,7 @@ def sample(request: SampleRequest) -> SampleResult:
         for batch in _batches(list(zip(indices, texts)), request.batch_size):
             slots = [i for i, _ in batch]
             text = torch.stack([t for _, t in batch]).to(mesh.device)
-            velocity = guided(net, text, negative.to(mesh.device), request.guidance)
+            velocity = guided(as_function(net, mesh), text, negative.to(mesh.device), request.guidance)
             noises = _noises(request, slots, mesh.device)
             if not done:  # the first call pays for allocations and compilation
                 velocity(noises[0], noises[0].new_full((len(slots),), 0.9))
@@ -194,6 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cp", type=int, default=1, help="context-parallel size: the tokens of a video are split over so many ranks")
     add("--cp-mode", choices=("auto", "ring", "all_to_all", "two_level"), default="auto", help="as mesh.cp_mode of a run")
     add("--cp-inner", type=int, help="as mesh.cp_inner of a run")
+    add("--pp", type=int, default=1, help="pipeline-parallel size: the layers are split over so many ranks, which take turns")
     add("--dtype", choices=("bfloat16", "float32", "float64"), help="of the network; default as in the checkpoint")
     return parser
 

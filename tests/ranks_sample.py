@@ -12,7 +12,12 @@ from rcm_mcore.sample import SampleRequest, sample
 
 MESHES = {
     1: {"one": {}},
-    2: {"cp2": {"cp": 2}, "cp2-all_to_all": {"cp": 2, "cp_mode": "all_to_all"}, "tp2-sp": {"tp": 2, "sp": True}},
+    2: {
+        "cp2": {"cp": 2},
+        "cp2-all_to_all": {"cp": 2, "cp_mode": "all_to_all"},
+        "tp2-sp": {"tp": 2, "sp": True},
+        "pp2": {"pp": 2},
+    },
 }
 
 

@@ -3,11 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from oracle import small_model
-from ranks_wan import GRIDS, MODES, relative, run
+from ranks_wan import GRIDS, MODES, relative, run, worst
 
 from rcm_mcore.config import MeshConfig, resolve_mesh
 from rcm_mcore.models.common.parameters import full_shape, load_full, local_shard
@@ -19,6 +20,8 @@ MESHES = {
         "tp2-sp": MeshConfig(tp=2, sp=True),
         "cp2-ring": MeshConfig(cp=2, cp_mode="ring"),
         "cp2-all_to_all": MeshConfig(cp=2, cp_mode="all_to_all"),
+        "pp2": MeshConfig(pp=2),
+        "pp2-vpp2": MeshConfig(pp=2, vpp=2),
     },
     4: {
         "cp4-ring": MeshConfig(cp=4, cp_mode="ring"),
@@ -26,25 +29,30 @@ MESHES = {
         "cp4-two_level": MeshConfig(cp=4, cp_mode="two_level"),
         "tp2-sp-cp2-all_to_all": MeshConfig(tp=2, sp=True, cp=2, cp_mode="all_to_all"),
         "tp2-sp-cp2-ring": MeshConfig(tp=2, sp=True, cp=2, cp_mode="ring"),
+        "pp4": MeshConfig(pp=4),
+        "cp2-pp2-vpp2": MeshConfig(cp=2, cp_mode="ring", pp=2, vpp=2),
+        "tp2-sp-pp2": MeshConfig(tp=2, sp=True, pp=2),
     },
     8: {
         "cp8-ring": MeshConfig(cp=8, cp_mode="ring"),
         "cp8-two_level": MeshConfig(cp=8, cp_mode="two_level", cp_inner=4),
         "tp2-sp-cp4-two_level": MeshConfig(tp=2, sp=True, cp=4, cp_mode="two_level"),
+        "tp2-sp-cp2-pp2": MeshConfig(tp=2, sp=True, cp=2, pp=2),
     },
 }
 
 
 def model(dtype):
-    """Heads of 64, which the GPU kernels take."""
-    return small_model(hidden_size=256, num_attention_heads=4, dtype=dtype)
+    """Heads of 64, which the GPU kernels take, and a layer for each chunk of two stages."""
+    return small_model(num_layers=4, hidden_size=256, num_attention_heads=4, dtype=dtype)
 
 
 def random_weights(net):
     """By name, none of them zero; the same on every rank."""
     weights = {}
-    for i, (name, p) in enumerate(net.named_parameters()):
-        values = torch.randn(full_shape(p, net.tp_group), generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    for name, p in net.named_parameters():
+        generator = torch.Generator().manual_seed(crc32(name.encode()))
+        values = torch.randn(full_shape(p, net.tp_group), generator=generator, dtype=torch.float64)
         weights[name] = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.08 * values
     return weights
 
@@ -54,7 +62,7 @@ def compute(config, dtype, mode, grid):
     mesh = make_mesh(resolve_mesh(model(dtype), config, ranks_per_node=dist.get_world_size())[0])
     net = build_wan(model(dtype), mesh.config, mesh.groups)
     load_full(net, random_weights(net), mesh.tp_group)
-    out, tangent, grads = run(net, mode, grid, device="cuda")
+    out, tangent, grads = run(net, mesh, mode, grid, device="cuda")
     params, group = dict(net.named_parameters()), mesh.tp_group
     shard = lambda name, full: local_shard(full, params[name], group)
     destroy_mesh()
@@ -75,9 +83,7 @@ def main(folder):
                 for n, g in grads.items():
                     want = shard(n, exact_grads[n])
                     errors[n] = relative(g.double(), want), relative(shard(n, plain_grads[n]).double(), want)
-                everyone = [None] * dist.get_world_size()
-                dist.all_gather_object(everyone, errors)
-                results[f"{name} {tokens} {mode}"] = {n: [max(e[n][i] for e in everyone) for i in (0, 1)] for n in errors}
+                results[f"{name} {tokens} {mode}"] = worst(errors, lambda pairs: [max(column) for column in zip(*pairs)])
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
     dist.barrier()

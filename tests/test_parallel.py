@@ -23,7 +23,7 @@ def reference(mesh, tmp_path_factory):
     net = build_wan(model, mesh.config, mesh.groups)
     load_full(net, weights, mesh.tp_group)
     torch.save({k: v.clone() for k, v in weights.items()}, folder / "weights.pt")
-    results = {tokens: dict(zip(("out", "tangent", "grads"), run(net, "none", grid))) for tokens, grid in GRIDS.items()}
+    results = {tokens: dict(zip(("out", "tangent", "grads"), run(net, mesh, "none", grid))) for tokens, grid in GRIDS.items()}
     torch.save(results, folder / "reference.pt")
     return folder
 

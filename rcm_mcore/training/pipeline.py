@@ -9,7 +9,7 @@ for the passes without graphs (parallel/stages.py) and once for that with one, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -90,7 +90,7 @@ def forward_backward(
         left_out = (~value.isfinite().flatten(1).all(1)).sum()
         return value.sum() * torch.nan, {"samples": torch.tensor(len(value), device=value.device), "nonfinite_output": left_out}
 
-    def forward_step(data: Iterator[tuple[_Replay, _Pass]], chunk: _Chunk) -> tuple[Tensor, Any]:
+    def forward_step(data: Iterator[tuple[_Replay, _Pass]], chunk: Chunk) -> tuple[Tensor, Any]:
         replay, call = next(data)
         output = chunk(*call.arguments)
         if not (mesh.is_last_stage and chunk.index == trained.net.num_chunks - 1):
@@ -98,7 +98,8 @@ def forward_backward(
         loss, metrics = loss_of(replay, output)
         return loss, lambda value: (value, metrics)
 
-    outcomes = _schedule(trained.net, forward_step, list(zip(replays, graph_calls)), mesh)
+    like = graph_calls[0].arguments.x
+    outcomes = forward_backward_schedule(trained.net, forward_step, list(zip(replays, graph_calls)), mesh, like=like)
     for replay in replays:
         for known in replay.known:  # whatever other stages have sent and this one had no need of
             if isinstance(known, Coming):
@@ -141,7 +142,7 @@ def _know_all_but_the_graph(
     return graph_at, graph_calls
 
 
-class _Chunk(nn.Module):
+class Chunk(nn.Module):
     """A chunk of a rank's layers, as megatron's schedules call it."""
 
     def __init__(self, net: WanModel, index: int) -> None:
@@ -155,10 +156,16 @@ class _Chunk(nn.Module):
         self.net.set_input_tensor(hidden)
 
 
-def _schedule(net: WanModel, forward_step: Any, items: list[tuple[_Replay, _Pass]], mesh: Mesh) -> list[Any]:
-    """Forward and backward of every item; what `forward_step` reports of each, on the last stage."""
-    chunks = [_Chunk(net, i) for i in range(net.num_chunks)]
-    rows, batch, _ = net.hidden_shape(items[0][1].arguments.x)
+def forward_backward_schedule(
+    net: WanModel, forward_step: Callable[[Iterator[Any], Any], Any], items: Sequence[Any], mesh: Mesh, *, like: MaybeDual
+) -> list[Any]:
+    """megatron's schedule with gradients: forward and backward of every item, a microbatch of latents `like` these.
+
+    `forward_step(items, chunk)` takes the next item and calls `chunk(x, s, text)` of `chunk.index`; see megatron for what it
+    returns. Returns what it reports of every item on the last stage, elsewhere nothing.
+    """
+    chunks = [Chunk(net, i) for i in range(net.num_chunks)]
+    rows, batch, _ = net.hidden_shape(like)
     split = mesh.cp_size * (mesh.tp_size if net.config.sequence_parallel else 1)
     # Microbatches of a chunk before the next chunk's: the fewest that leave no group smaller than the stages.
     sizes = range(mesh.pp_size, len(items) + 1)
