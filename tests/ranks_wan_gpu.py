@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from zlib import crc32
 
@@ -57,33 +58,38 @@ def random_weights(net):
     return weights
 
 
-def compute(config, dtype, mode, grid):
-    """Output, tangent and gradients under a mesh, and the parameters they belong to."""
+def compute(config, dtype, modes):
+    """By length and mode: output and tangent; gradients; and a function from names and full tensors to this rank's shards."""
     mesh = make_mesh(resolve_mesh(model(dtype), config, ranks_per_node=dist.get_world_size())[0])
     net = build_wan(model(dtype), mesh.config, mesh.groups)
     load_full(net, random_weights(net), mesh.tp_group)
-    out, tangent, grads = run(net, mesh, mode, grid, device="cuda")
     params, group = dict(net.named_parameters()), mesh.tp_group
-    shard = lambda name, full: local_shard(full, params[name], group)
+    results = {}
+    for mode, tokens in product(modes, GRIDS):
+        out, tangent, grads = run(net, mesh, mode, GRIDS[tokens], device="cuda")
+        results[tokens, mode] = {"out": out, "tangent": tangent}, grads
     destroy_mesh()
-    return {"out": out, "tangent": tangent}, grads, shard
+    return results, lambda name, full: local_shard(full, params[name], group)
 
 
 def main(folder):
     results = {}
     make_mesh(MeshConfig())
     destroy_mesh()
-    for tokens, grid in GRIDS.items():
-        exact, exact_grads, _ = compute(MeshConfig(), "float64", "none", grid)
-        for mode in MODES:
-            plain, plain_grads, _ = compute(MeshConfig(), "bfloat16", mode, grid)
-            for name, config in MESHES[dist.get_world_size()].items():
-                outs, grads, shard = compute(config, "bfloat16", mode, grid)
-                errors = {n: (relative(x.double(), exact[n]), relative(plain[n].double(), exact[n])) for n, x in outs.items()}
-                for n, g in grads.items():
-                    want = shard(n, exact_grads[n])
-                    errors[n] = relative(g.double(), want), relative(shard(n, plain_grads[n]).double(), want)
-                results[f"{name} {tokens} {mode}"] = worst(errors, lambda pairs: [max(column) for column in zip(*pairs)])
+    exact, _ = compute(MeshConfig(), "float64", ["none"])
+    plain, _ = compute(MeshConfig(), "bfloat16", MODES)
+    for name, config in MESHES[dist.get_world_size()].items():
+        ours, shard = compute(config, "bfloat16", MODES)
+        for (tokens, mode), (outs, grads) in ours.items():
+            (exact_outs, exact_grads), (plain_outs, plain_grads) = exact[tokens, "none"], plain[tokens, mode]
+            errors = {
+                n: (relative(x.double(), exact_outs[n]), relative(plain_outs[n].double(), exact_outs[n]))
+                for n, x in outs.items()
+            }
+            for n, g in grads.items():
+                want = shard(n, exact_grads[n])
+                errors[n] = relative(g.double(), want), relative(shard(n, plain_grads[n]).double(), want)
+            results[f"{name} {tokens} {mode}"] = worst(errors, lambda pairs: [max(column) for column in zip(*pairs)])
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
     dist.barrier()

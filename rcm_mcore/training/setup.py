@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes, shape_of_model
 from rcm_mcore.models.common.linears import parallel_linears
+from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
@@ -196,7 +198,10 @@ def set_up(config: Config) -> Run:
     mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[0])
     folder = CheckpointFolder(config.checkpoint.dir)
     resume_from = folder.newest()
-    networks, roles, trained = _networks(config, mesh, resuming=resume_from is not None)
+    load_teacher = partial(
+        load_network, path=config.distill.teacher, which=config.distill.teacher_weights, dp_cp_group=mesh.groups.dp_cp
+    )
+    networks, roles, trained = build_networks(config, mesh, resuming=resume_from is not None, load_teacher=load_teacher)
     state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
     if resume_from is not None:
         state = read_state(resume_from, networks, config=config, mesh=mesh)
@@ -223,8 +228,13 @@ def set_up(config: Config) -> Run:
     )
 
 
-def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Trained], Roles, dict[str, Trained]]:
-    """Networks of the objective with their first weights; when resuming the trained ones are filled later."""
+def build_networks(
+    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[WanModel], object]
+) -> tuple[list[Trained], Roles, dict[str, Trained]]:
+    """Networks of the objective with their first weights; when resuming the trained ones are filled later.
+
+    `load_teacher` gives a network the teacher's weights, which the others start from too.
+    """
     has_ema = config.optim.ema_length is not None
     seed, steps, distill = config.train.seed, config.train.steps, config.distill
     wrap = partial(make_trained, config=config, mesh=mesh)
@@ -237,18 +247,17 @@ def _networks(config: Config, mesh: Mesh, *, resuming: bool) -> tuple[list[Train
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)
-    load = partial(load_network, path=distill.teacher, which=distill.teacher_weights, dp_cp_group=mesh.groups.dp_cp)
     teacher = build_network(config.model, mesh, seed=seed, trainable=False)
-    load(teacher)
+    load_teacher(teacher)
     if not resuming:
-        load(student_net)
+        load_teacher(student_net)
     student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=student_steps, has_ema=has_ema)
     networks, trained = [student], {"student": student}
     fake_score: Any = teacher
     if distill.method != "scm":
         fake_net = build_network(config.model, mesh, seed=seed, trainable=True)
         if not resuming:
-            load(fake_net)
+            load_teacher(fake_net)
         lr = config.optim.fake_score_lr
         critic = wrap("fake_score", fake_net, peak_lr=lr, total_steps=critic_steps, has_ema=False)
         networks.append(critic)
