@@ -214,13 +214,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; exit code 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="configuration of a distillation; shards and teacher are not read")
+    parser.add_argument("config", help="configuration of a distillation; no file that it names is read")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     parser.add_argument("--meshes", nargs="+", required=True, help="such as tp2-sp-cp2-pp2-vpp2")
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
     args = parser.parse_intermixed_args(argv)
     try:
         base = load_config(args.config, args.overrides)
+        base = replace(base, distill=replace(base.distill, negative_embedding=None))  # zeros cost the same
         configs = [replace(base, mesh=parse_mesh(name)) for name in args.meshes]
         world = int(os.environ.get("WORLD_SIZE", "1"))
         for config in configs:
