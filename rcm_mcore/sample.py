@@ -100,7 +100,7 @@ def sample(request: SampleRequest) -> SampleResult:
     mesh = make_mesh(resolved)
     if mesh.is_main and request.cp > 1:
         print(f"context parallelism: {why}", file=sys.stderr)
-    net = build_wan(model, mesh.config, mesh.groups, trainable=False)
+    net = build_wan(model, mesh.config, mesh.groups, seed=None, trainable=False)
     which: Any = request.which
     load_network(net, request.checkpoint, which=which, dp_cp_group=mesh.groups.dp_cp)
     text_shape = dict(text_len=model.text_len, text_dim=model.text_dim)

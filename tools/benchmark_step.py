@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,10 @@ from rcm_mcore.config import Config, MeshConfig, load_config, resolve_mesh, toke
 from rcm_mcore.data import Batch
 from rcm_mcore.distill.draws import draw
 from rcm_mcore.distill.phases import Phase
+from rcm_mcore.models.common.parameters import full_shape, local_shard
 from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, init_distributed, make_mesh
-from rcm_mcore.parallel.random import generator, noise
+from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.estimate import estimate
 from rcm_mcore.training.setup import build_networks, choose_attention
@@ -107,13 +109,14 @@ def parse_mesh(name: str) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
+@torch.no_grad()
 def first_weights(net: WanModel) -> None:
-    """A head that is not zero, as it is in a network that was not trained, so that gradients reach every layer."""
-    if net.post_process:
-        weight = net.head.head.weight
-        values = torch.randn(weight.shape, generator=generator("head", seed=0, step=0, slot=0))
-        with torch.no_grad():
-            weight.copy_(0.02 * values)
+    """By name, none of them zero, so that gradients reach every layer; drawn where the network is."""
+    for name, param in net.named_parameters():
+        draws = torch.Generator(param.device).manual_seed(crc32(name.encode()))
+        full = torch.randn(full_shape(param, net.tp_group), generator=draws, device=param.device)
+        is_norm = "norm" in name and name.endswith("weight")
+        param.copy_(local_shard(1 + 0.02 * full if is_norm else 0.02 * full, param, net.tp_group))
 
 
 def batch_of(config: Config, mesh: Mesh, kind: str, step: int) -> StepBatch:

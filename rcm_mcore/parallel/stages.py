@@ -62,12 +62,11 @@ class Stages:
     def forward(self, network: Any, calls: Sequence[Call]) -> list[Coming]:
         """The outputs of `calls`, which are alike in shape; they pass through each chunk of layers as a group."""
         visits = [(chunk, call) for chunk in range(network.num_chunks) for call in calls]
-        messages = [self._expect(network, *visits[0])]
-        results = []
-        for i, (chunk, call) in enumerate(visits):
-            if i + 1 < len(visits):  # on its way while this one is computed
-                messages.append(self._expect(network, *visits[i + 1]))
-            if (message := messages.pop(0)) is not None:
+        message, results = self._expect(network, *visits[0]), []
+        for (chunk, call), after in zip(visits, [*visits[1:], None]):
+            # The next message comes while this one is computed on; not that of the next chunk, which this one may lead to.
+            early = self._expect(network, *after) if after is not None and after[0] == chunk else None
+            if message is not None:
                 network.set_input_tensor(message.wait())
             output = network(*call, chunk=chunk)
             is_last_chunk = chunk == network.num_chunks - 1
@@ -75,6 +74,7 @@ class Stages:
                 self._send(output)
             if is_last_chunk:
                 results.append(self._shared(network, call, output))
+            message = self._expect(network, *after) if after is not None and after[0] != chunk else early
         return results
 
     def finish(self) -> None:

@@ -40,8 +40,8 @@ class Trained:
         return learning_rate(config.optim, self.peak_lr, self.steps, self.total_steps)
 
 
-def build_network(model: ModelConfig, mesh: Mesh, *, seed: int, trainable: bool) -> WanModel:
-    """A network on this rank's device."""
+def build_network(model: ModelConfig, mesh: Mesh, *, seed: int | None = None, trainable: bool) -> WanModel:
+    """A network on this rank's device, whose weights are to be loaded unless there is a seed for them."""
     return build_wan(model, mesh.config, mesh.groups, seed=seed, trainable=trainable)
 
 

@@ -236,26 +236,27 @@ def build_networks(
     `load_teacher` gives a network the teacher's weights, which the others start from too.
     """
     has_ema = config.optim.ema_length is not None
-    seed, steps, distill = config.train.seed, config.train.steps, config.distill
+    steps, distill = config.train.steps, config.distill
     wrap = partial(make_trained, config=config, mesh=mesh)
     text = negative(config).to(mesh.device)
     group = mesh.sample_group
-    student_net = build_network(config.model, mesh, seed=seed, trainable=True)
     if config.train.objective == "pretrain":
+        student_net = build_network(config.model, mesh, seed=None if resuming else config.train.seed, trainable=True)
         student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=steps, has_ema=has_ema)
         roles = Roles(student=student_net, teacher=student_net, fake_score=student_net, negative=text, sample_group=group)
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)
-    teacher = build_network(config.model, mesh, seed=seed, trainable=False)
+    teacher = build_network(config.model, mesh, trainable=False)
     load_teacher(teacher)
+    student_net = build_network(config.model, mesh, trainable=True)
     if not resuming:
         load_teacher(student_net)
     student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=student_steps, has_ema=has_ema)
     networks, trained = [student], {"student": student}
     fake_score: Any = teacher
     if distill.method != "scm":
-        fake_net = build_network(config.model, mesh, seed=seed, trainable=True)
+        fake_net = build_network(config.model, mesh, trainable=True)
         if not resuming:
             load_teacher(fake_net)
         lr = config.optim.fake_score_lr

@@ -49,6 +49,7 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
         virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
         overlap_p2p_comm=mesh.vpp > 1,  # the interleaved schedule is silently wrong without one and with the other
         batch_p2p_comm=mesh.vpp == 1,
+        batch_p2p_sync=False,  # for an old PyTorch; would have a stage wait for what others send it beside its passes
         pipeline_dtype=torch.promote_types(dtype, torch.float32) if model.fp32_residual else dtype,  # of hidden states
         bf16=dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,  # needs apex
@@ -59,11 +60,15 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
 
 
 def build_wan(
-    model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, seed: int = 0, trainable: bool = True
+    model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, seed: int | None = 0, trainable: bool = True
 ) -> WanModel:
-    """A network with weights that depend on `seed` and not on the mesh; frozen unless `trainable`."""
+    """A network with weights that depend on `seed` and not on the mesh, or that are still to be loaded if it is None.
+
+    Frozen unless `trainable`.
+    """
     net = WanModel(model, transformer_config(model, mesh), groups)
-    initialize(net, partial(_initial_values, model), seed=seed, group=groups.tp)
+    if seed is not None:
+        initialize(net, partial(_initial_values, model), seed=seed, group=groups.tp)
     return net.requires_grad_(trainable)
 
 
