@@ -25,6 +25,7 @@ MESHES = {
         "cp2-ring": MeshConfig(cp=2, cp_mode="ring"),
         "cp2-all_to_all": MeshConfig(cp=2, cp_mode="all_to_all"),
         "pp2": MeshConfig(pp=2),
+        "pp2-vpp2": MeshConfig(pp=2, vpp=2),
     },
     4: {
         "tp4": MeshConfig(tp=4),
@@ -39,6 +40,7 @@ MESHES = {
     8: {"tp2-sp-cp2-pp2": MeshConfig(tp=2, sp=True, cp=2, pp=2)},
 }
 GRIDS = {"72": (3, 8, 12), "45": (3, 6, 10)}  # tokens: every mesh divides them, none does
+LAYERS = 4  # one for each chunk of two stages
 MODES = ("none", "full", "one_pass")
 
 
@@ -103,7 +105,7 @@ def main(folder):
     destroy_mesh()
     results = {}
     for name, config in MESHES[dist.get_world_size()].items():
-        model = small_model()
+        model = small_model(num_layers=LAYERS)
         config, _ = resolve_mesh(model, config, ranks_per_node=4)
         mesh = make_mesh(config)
         net = build_wan(model, config, mesh.groups)

@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from oracle import small_model
-from ranks_wan import GRIDS, MODES, relative, run, worst
+from ranks_wan import GRIDS, LAYERS, MODES, relative, run, worst
 
 from rcm_mcore.config import MeshConfig, resolve_mesh
 from rcm_mcore.models.common.parameters import full_shape, load_full, local_shard
@@ -44,8 +44,8 @@ MESHES = {
 
 
 def model(dtype):
-    """Heads of 64, which the GPU kernels take, and a layer for each chunk of two stages."""
-    return small_model(num_layers=4, hidden_size=256, num_attention_heads=4, dtype=dtype)
+    """Heads of 64, which the GPU kernels take."""
+    return small_model(num_layers=LAYERS, hidden_size=256, num_attention_heads=4, dtype=dtype)
 
 
 def random_weights(net):

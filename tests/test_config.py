@@ -14,6 +14,7 @@ from rcm_mcore.config import (
     ConfigError,
     MeshConfig,
     ModelConfig,
+    chunks_of_stages,
     layers_of_stages,
     load_config,
     parse_config,
@@ -176,6 +177,14 @@ WAN_1_3B = ModelConfig(size="1.3B", num_layers=30, hidden_size=1536, num_attenti
             None,
             r"mesh.pp=4 with mesh.tp=2 and mesh.cp=1 does not divide the 12 ranks .*: use mesh.pp in \[1, 2, 3, 6\]",
         ),
+        (
+            MeshConfig(pp=4, vpp=8),
+            4,
+            None,
+            "mesh.vpp=8 with mesh.pp=4 makes 32 chunks .*: use mesh.vpp of at most 7",
+        ),
+        (MeshConfig(vpp=2), 1, None, "mesh.vpp=2 with mesh.pp=1: chunks of layers are interleaved over 2 or more stages"),
+        (MeshConfig(pp=2, vpp=0), 2, None, "mesh.vpp=0 with mesh.pp=2"),
         (MeshConfig(cp=4, cp_inner=2), 4, None, "mesh.cp_inner=2 is for mesh.cp_mode=two_level, not auto"),
         (MeshConfig(timeout_minutes=0), 1, None, "mesh.timeout_minutes=0: must be a positive number"),
     ],
@@ -221,6 +230,14 @@ def test_layers_of_stages(layers, stages, wanted):
     ranges = layers_of_stages(layers, stages)
     assert sorted(len(r) for r in ranges) == sorted(wanted) and [len(r) for r in ranges] == wanted
     assert [i for r in ranges for i in r] == list(range(layers))
+
+
+@pytest.mark.parametrize("layers, stages, chunks", [(40, 4, 2), (30, 4, 2), (5, 2, 2), (30, 1, 1)])
+def test_chunks_of_stages(layers, stages, chunks):
+    """Through the first chunk of every stage, then through the second of every stage."""
+    ranges = chunks_of_stages(layers, stages, chunks)
+    assert len(ranges) == stages and all(len(stage) == chunks for stage in ranges)
+    assert [i for chunk in range(chunks) for stage in ranges for i in stage[chunk]] == list(range(layers))
 
 
 def test_mesh_gives_data_parallel_size():

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from rcm_mcore.config import MeshConfig, load_config, parse_config
-from rcm_mcore.training.estimate import GIB, estimate, refuse_what_cannot_fit
+from rcm_mcore.dual import Dual
+from rcm_mcore.models.common import blocks
+from rcm_mcore.models.common.attention import AttentionCache
+from rcm_mcore.models.wan import build_wan
+from rcm_mcore.training.estimate import GIB, estimate, kept_of_a_layer, refuse_what_cannot_fit
 
 ROOT = Path(__file__).resolve().parent.parent
 WAN = ROOT / "examples/wan_1_3b/config.yaml"
@@ -85,3 +90,48 @@ def test_bad_input_of_the_tool(suggest, arguments, message, capsys):
     assert suggest([str(WAN), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and message in err
+
+
+def bytes_kept(net, *arguments):
+    """Storages that a pass with gradients leaves behind for backward, weights and arguments apart."""
+    known = {t.untyped_storage()._cdata for t in [*net.parameters(), *arguments] if isinstance(t, torch.Tensor)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage  # held, or another would have its address
+        return tensor
+
+    caches = []
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(blocks, "AttentionCache", lambda: caches.append(AttentionCache()) or caches[-1])
+        result = net(*arguments)
+        for cache in caches:
+            for tensor in (cache.out, cache.lse):
+                if tensor is not None:
+                    keep(tensor)
+    del result
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("method", ["scm", "dmd"])
+def test_a_layer_keeps_what_is_estimated(mesh, tmp_path, method):
+    """With tangents and without, under full recompute: what three layers keep beyond two."""
+    found = {}
+    for layers in (2, 3):
+        tree = tiny.config(
+            "shards",
+            tmp_path,
+            "distill",
+            model={"num_layers": layers, "recompute": "full"},
+            distill={"method": method, "teacher": "x"},
+        )
+        config = parse_config(tree)
+        model = config.model
+        net = build_wan(model, mesh.config, mesh.groups)
+        x = torch.randn(config.train.micro_batch_size, *config.data.latent_shape)
+        s, text = torch.rand(len(x)), torch.randn(len(x), model.text_len, model.text_dim)
+        arguments = (Dual(x, torch.randn_like(x)), Dual(s, s), text) if method == "scm" else (x, s, text)
+        found[layers] = bytes_kept(net, *arguments)
+    assert found[3] - found[2] == kept_of_a_layer(config)

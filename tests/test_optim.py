@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rcm_mcore.training.optim import AdamWNoMomentum
+from rcm_mcore.training.optim import AdamWNoMomentum, _at_a_time
 
 
 def parameters():
@@ -67,3 +67,12 @@ def test_groups_count_their_own_steps():
     )
     train(stock, copies, steps=3)
     assert all(float((p - q).detach().abs().max()) <= 1e-7 for p, q in zip(params, copies, strict=True))
+
+
+@pytest.mark.parametrize("elements, wanted", [(1, [1, 1, 1]), (35, [1, 2]), (46, [2, 1]), (47, [3])])
+def test_a_few_parameters_at_a_time(elements, wanted):
+    """Every one of them once and in order: 35, 11 and 1 elements."""
+    params = parameters()
+    lists = list(_at_a_time(params, elements))
+    assert [len(some) for some in lists] == wanted
+    assert [id(p) for some in lists for p in some] == [id(p) for p in params]

@@ -7,7 +7,7 @@ import ranks_wan_gpu
 import torch
 from launch import run_ranks
 from oracle import diffusers_wan, islands_in_fp64, names_of_ours, small_model
-from ranks_wan import GRIDS, MESHES, MODES, run
+from ranks_wan import GRIDS, LAYERS, MESHES, MODES, run
 
 from rcm_mcore.models.common.parameters import load_full
 from rcm_mcore.models.wan import build_wan
@@ -17,7 +17,7 @@ from rcm_mcore.models.wan import build_wan
 def reference(mesh, tmp_path_factory):
     """A folder with the weights and what one rank computes with them."""
     folder = tmp_path_factory.mktemp("wan")
-    model = small_model()
+    model = small_model(num_layers=LAYERS)
     with islands_in_fp64():
         weights = names_of_ours(model, diffusers_wan(model).state_dict())
     net = build_wan(model, mesh.config, mesh.groups)

@@ -19,6 +19,7 @@ from rcm_mcore.models.wan import build_wan
 from rcm_mcore.train import main
 from rcm_mcore.training import setup
 from rcm_mcore.training.log import KEYS
+from rcm_mcore.training.setup import check, pipeline_facts
 
 
 class Runs:
@@ -86,6 +87,9 @@ BAD = {
     "cp over ranks": ("pretrain", ["mesh.cp=2", "--world-size=3", "--dry-run"], ["mesh.cp=2", "3 ranks", "[1, 3]"]),
     "cp over tokens": ("pretrain", ["mesh.cp=9", "--world-size=9", "--dry-run"], ["mesh.cp=9 exceeds the 8 tokens", "most 8"]),
     "stages over layers": ("pretrain", ["mesh.pp=3", "--world-size=3", "--dry-run"], ["mesh.pp=3", "model.num_layers=2"]),
+    "chunks over layers": (
+        "pretrain", ["mesh.pp=2", "mesh.vpp=2", "--world-size=2", "--dry-run"], ["mesh.vpp=2", "model.num_layers=2"]
+    ),
     "sp without tp": ("pretrain", ["mesh.sp=true"], ["mesh.sp=true", "mesh.tp=1"]),
     "world size in earnest": ("pretrain", ["--world-size=2"], ["--world-size 2", "--dry-run"]),
     "no ranks": ("pretrain", ["--dry-run", "--world-size=0"], ["--world-size 0", "at least 1"]),
@@ -197,6 +201,15 @@ def test_dry_run_prints_the_run_and_writes_nothing(place, config, capsys):
     facts = yaml.safe_load("".join(line[2:] + "\n" for line in capsys.readouterr().out.splitlines() if line.startswith("# ")))
     assert facts["data_parallel_size"] == 1 and facts["context_parallel"].startswith("ring (the ranks are within a node")
     assert facts["pipeline"] == "2 stages of 1, 1 layers; with 4 microbatches each waits 20% of a pass"
+
+
+def test_chunks_of_layers_need_as_many_microbatches_as_stages():
+    config = parse_config(
+        tiny.config("s", "r", model={"num_layers": 4}, mesh={"pp": 2, "vpp": 2}, train={"micro_batch_size": 4})
+    )
+    with pytest.raises(ValueError, match="mesh.vpp=2 needs at least mesh.pp=2 microbatches, but a step has 1: .*mesh.vpp=1 or"):
+        check(config, 2)
+    assert pipeline_facts(config, 2).startswith("2 stages of 1+1, 1+1 layers; with 2 microbatches each waits 20% of a pass")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ bubble), the mean of the ranks; `flushed` what arithmetic gives where each pass 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -135,6 +136,9 @@ def batch_of(config: Config, mesh: Mesh, kind: str, step: int) -> StepBatch:
 
 def measure(config: Config, name: str) -> dict[str, Any]:
     """Times, memory and waiting of one mesh."""
+    gc.collect()  # networks of the mesh before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[0])
     networks, roles, trained = build_networks(config, mesh, load_teacher=first_weights)
     if torch.cuda.is_available():

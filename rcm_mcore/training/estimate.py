@@ -5,7 +5,7 @@ Memory of one rank, the fullest pipeline stage:
     weights        of every network of the run, in the model's dtype
     gradients      float32, of one network at a time (the others' buffers are freed)
     optimizer      second moments and, for bfloat16, float32 masters of the trained networks, sharded; and the student's EMA
-    activations    inputs of the blocks that recompute keeps, for the microbatches in flight, and one block at work
+    activations    what recompute keeps of the layers of the microbatches in flight, and one block at work
 
 One block at work is taken as WORKING bytes a token and channel, which a forward of a dual layer of Wan 14B took on an H200,
 uncompiled (docs/benchmarks/context_parallel_h200_202611.md); what its backward takes has not been measured. Without recompute
@@ -65,14 +65,11 @@ def estimate(config: Config, world_size: int) -> Estimate:
     shard = math.ceil(layers / (dp * mesh.cp)) + math.ceil(embedders / (dp * mesh.cp * mesh.pp))
     per_element = 4 + (4 if model.dtype == "bfloat16" else 0)
 
-    ranks = mesh.cp * (mesh.tp if mesh.sp else 1)
-    rows = math.ceil(tokens_per_sample(model, config.data.latent_shape) / ranks) * train.micro_batch_size
-    residual = max(width, 4) if model.fp32_residual else width
+    rows, residual = _rows(config), _residual_width(config)
     stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
     stage_layers = max(sum(map(len, chunks)) for chunks in stages)
     microbatches = train.global_batch_size // (dp * train.micro_batch_size)
     in_flight = _layers_in_flight(max(len(chunk) for chunks in stages for chunk in chunks), mesh, microbatches)
-    block_input = rows * model.hidden_size * residual
     at_work = WORKING * rows * model.hidden_size
 
     dual = 2 * rows * model.hidden_size
@@ -83,13 +80,39 @@ def estimate(config: Config, world_size: int) -> Estimate:
         weights=width * (layers + embedders) * (trained + distill),
         gradients=4 * (layers + embedders),
         optimizer=shard * (per_element * trained + (4 if has_ema else 0)),
-        activations=in_flight * block_input + at_work,
+        activations=in_flight * kept_of_a_layer(config) + at_work,
         # Three gathers and three scatters a layer, of this rank's rows to or from each other rank (an all-reduce is both).
         sent_tp=stage_layers * 6 * (mesh.tp - 1) * dual * width // (1 if mesh.sp else mesh.tp),
         sent_cp=stage_layers * (mesh.cp - 1) * 4 * split * width,
         sent_pp=0 if mesh.pp == 1 else mesh.vpp * dual * residual,
         sent_dp=(4 + width) * (layers + embedders) * (dp * mesh.cp - 1) // (dp * mesh.cp),
     )
+
+
+def kept_of_a_layer(config: Config) -> int:
+    """Bytes that a layer keeps for its backward, on each rank, of one microbatch: under recompute its input.
+
+    In a pass with tangents also the output and the log-sum-exp of the self-attention, which backward does not redo.
+    """
+    model, mesh = config.model, config.mesh
+    rows, attended = _rows(config), 0
+    if config.train.objective == "distill" and config.distill.method != "dmd":
+        split = rows * (mesh.tp if mesh.sp else 1)  # of all tokens that the heads of this rank see
+        attended = split * (model.hidden_size * _WIDTHS[model.dtype] + 4 * model.num_attention_heads) // mesh.tp
+    return rows * model.hidden_size * _residual_width(config) + attended
+
+
+def _rows(config: Config) -> int:
+    """Tokens of a microbatch on a rank, between the layers."""
+    mesh = config.mesh
+    ranks = mesh.cp * (mesh.tp if mesh.sp else 1)
+    return math.ceil(tokens_per_sample(config.model, config.data.latent_shape) / ranks) * config.train.micro_batch_size
+
+
+def _residual_width(config: Config) -> int:
+    """Bytes of an element of the hidden states between layers."""
+    width = _WIDTHS[config.model.dtype]
+    return max(width, 4) if config.model.fp32_residual else width
 
 
 def _layers_in_flight(chunk: int, mesh: MeshConfig, microbatches: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,16 +43,31 @@ class AdamWNoMomentum(torch.optim.AdamW):
             if not params:
                 continue
             group["step"] += 1
-            grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-            moments = [self.state[p]["exp_avg_sq"] for p in params]
-            beta2, lr = group["betas"][1], group["lr"]
-            torch._foreach_mul_(moments, beta2)
-            torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
-            denominators = torch._foreach_sqrt(moments)
-            torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
-            torch._foreach_add_(denominators, group["eps"])
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_addcdiv_(params, grads, denominators, -lr)
+            for some in _at_a_time(params):
+                self._update(some, group)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        moments = [self.state[p]["exp_avg_sq"] for p in params]
+        beta2, lr = group["betas"][1], group["lr"]
+        torch._foreach_mul_(moments, beta2)
+        torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
+        denominators = torch._foreach_sqrt(moments)
+        torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(params, grads, denominators, -lr)
+
+
+def _at_a_time(params: list[Tensor], elements: int = 1 << 26) -> Iterator[list[Tensor]]:
+    """`params` in order, in lists of at most so many elements, or of one: the update has an intermediate of their size."""
+    some: list[Tensor] = []
+    for param in params:
+        if some and sum(p.numel() for p in some) + param.numel() > elements:
+            yield some
+            some = []
+        some.append(param)
+    yield some
 
 
 class ShardedOptimizer(DistributedOptimizer):
