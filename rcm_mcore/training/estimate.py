@@ -7,9 +7,9 @@ Memory of one rank, the fullest pipeline stage:
     optimizer      second moments and, for bfloat16, float32 masters of the trained networks, sharded; and the student's EMA
     activations    what recompute keeps of the layers of the microbatches in flight, and one block at work
 
-One block at work is taken as WORKING bytes a token and channel, which a forward of a dual layer of Wan 14B took on an H200,
-uncompiled (docs/benchmarks/context_parallel_h200_202611.md); what its backward takes has not been measured. Without recompute
-the estimate of activations is too low.
+One block at work is taken as WORKING bytes a token and channel, and more where keys travel round a ring, both fitted to steps
+of Wan 14B (docs/benchmarks/step_h200_202611.md: uncompiled, recompute full), where it is up to 9 % off. Without recompute the
+estimate of activations is too low.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, tokens_per_sa
 from rcm_mcore.interop import expected_shapes, shape_of_model
 
 GIB = 2**30
-WORKING = 81
+WORKING = 150
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 # Parameters of a block that tensor parallelism does not split (hub names).
 _WHOLE = ("modulation", "norm3.weight", "norm3.bias", "o.bias", "ffn.2.bias")
@@ -69,8 +69,11 @@ def estimate(config: Config, world_size: int) -> Estimate:
     stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
     stage_layers = max(sum(map(len, chunks)) for chunks in stages)
     microbatches = train.global_batch_size // (dp * train.micro_batch_size)
-    in_flight = _layers_in_flight(max(len(chunk) for chunks in stages for chunk in chunks), mesh, microbatches)
-    at_work = WORKING * rows * model.hidden_size
+    chunks_in_flight = _chunks_in_flight(mesh, microbatches)
+    in_flight = chunks_in_flight * max(len(chunk) for chunks in stages for chunk in chunks)
+    # Of a ring: two buffers of keys and values with their tangents, parts of the output in float32, parts of the gradients.
+    ring = 0 if mesh.cp == 1 else 16 + 12 * mesh.cp
+    at_work = (WORKING + ring) * rows * model.hidden_size
 
     dual = 2 * rows * model.hidden_size
     split = rows * (mesh.tp if mesh.sp else 1) * model.hidden_size // mesh.tp  # keys of this rank's heads
@@ -80,7 +83,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
         weights=width * (layers + embedders) * (trained + distill),
         gradients=4 * (layers + embedders),
         optimizer=shard * (per_element * trained + (4 if has_ema else 0)),
-        activations=in_flight * kept_of_a_layer(config) + at_work,
+        activations=in_flight * kept_of_a_layer(config) + chunks_in_flight * _kept_of_a_chunk(config) + at_work,
         # Three gathers and three scatters a layer, of this rank's rows to or from each other rank (an all-reduce is both).
         sent_tp=stage_layers * 6 * (mesh.tp - 1) * dual * width // (1 if mesh.sp else mesh.tp),
         sent_cp=stage_layers * (mesh.cp - 1) * 4 * split * width,
@@ -115,13 +118,21 @@ def _residual_width(config: Config) -> int:
     return max(width, 4) if config.model.fp32_residual else width
 
 
-def _layers_in_flight(chunk: int, mesh: MeshConfig, microbatches: int) -> int:
-    """Layers of `chunk` layers a chunk whose inputs the first stage holds at most, a layer counted once for each microbatch.
+def _chunks_in_flight(mesh: MeshConfig, microbatches: int) -> int:
+    """Forwards of a chunk whose backward is to come, at most, on the first stage.
 
     Those of megatron's 1F1B: forwards before the first backward, and the one beside it.
     """
     before = mesh.pp - 1 if mesh.vpp == 1 else 2 * (mesh.pp - 1) + (mesh.vpp - 1) * mesh.pp
-    return chunk * min(before + 1, microbatches * mesh.vpp)
+    return min(before + 1, microbatches * mesh.vpp)
+
+
+def _kept_of_a_chunk(config: Config) -> int:
+    """Bytes that a chunk of layers keeps besides its layers: its message, and the time embedder's weights in float32."""
+    model = config.model
+    message = 2 * _rows(config) * model.hidden_size * _residual_width(config) if config.mesh.pp > 1 else 0
+    weights = model.hidden_size * (7 * model.hidden_size + model.freq_dim)
+    return message + (4 * weights if model.dtype == "bfloat16" else 0)
 
 
 def _parameters(config: Config) -> tuple[int, int]:
