@@ -251,8 +251,8 @@ WAN = _mutations(
     "rcm_mcore/models/common/attention.py",
     "tests/test_wan.py",
     (  # the cache of the one-pass dual is ignored
-        "if cache is not None and cache.out is not None:",
-        "if False:",
+        "known = None if cache is None or cache.out is None or cache.lse is None else (cache.out, cache.lse)",
+        "known = None",
         "test_one_pass_keeps_no_tangent_and_calls_attention_once",
     ),
 ) + _mutations(
@@ -268,24 +268,24 @@ WAN = _mutations(
 PARALLEL = _mutations(
     "rcm_mcore/parallel/sequence.py",
     "tests/test_parallel.py",
-    ("        dist.all_reduce(grad, group=ctx.group)\n", "", "test_equals_one_rank[2-tp2-none]"),  # identity backward
-    ("tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True", "test_equals_one_rank[2-tp2-sp-none]"),
+    ("        dist.all_reduce(grad, group=ctx.group)\n", "", "test_equals_one_rank[2-tp2-72-none]"),  # identity backward
+    ("tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True", "test_equals_one_rank[2-tp2-sp-72-none]"),
 ) + _mutations(
     "rcm_mcore/models/wan/block.py",
     "tests/test_parallel.py",
-    ("= config.sequence_parallel  #", "= False  #", "test_equals_one_rank[2-tp2-sp-none]"),  # e.g. on the modulation
+    ("= config.sequence_parallel  #", "= False  #", "test_equals_one_rank[2-tp2-sp-72-none]"),  # e.g. on the modulation
     ("text_config.sequence_parallel = False", "text_config.sequence_parallel = config.sequence_parallel",
-     "test_equals_one_rank[2-tp2-sp-none]"),
+     "test_equals_one_rank[2-tp2-sp-72-none]"),
     (  # RMSNorm of q and k over this rank's heads alone
         "    if group.size() == 1:\n        return sums\n",
         "    if True:\n        scaled = [group.size() * x for x in (sums if isinstance(sums, Dual) else (sums,))]\n"
         "        return Dual(*scaled) if isinstance(sums, Dual) else scaled[0]\n",
-        "test_equals_one_rank[2-tp2-none]",
+        "test_equals_one_rank[2-tp2-72-none]",
     ),
 ) + _mutations(
     "rcm_mcore/models/wan/model.py",
     "tests/test_parallel.py",
-    ("param.sequence_parallel = False  #", "param.sequence_parallel = True  #", "test_equals_one_rank[2-tp2-sp-none]"),
+    ("param.sequence_parallel = False  #", "param.sequence_parallel = True  #", "test_equals_one_rank[2-tp2-sp-72-none]"),
 )  # fmt: skip
 
 KERNELS = _mutations(
@@ -353,8 +353,8 @@ RING = _mutations(
 ) + _mutations(
     "kernels/rcm_kernels/merge_kernel.py",
     "tests/test_merge.py",
-    ("mask=here, other=0.0) - rate)", "mask=here, other=0.0))", "test_the_kernel_equals_pytorch[dtype0-cpu-16]"),
-    ("- highest) / total", "- highest)", "test_the_kernel_equals_pytorch[dtype0-cpu-16]"),
+    ("mask=here, other=0.0) - rate)", "mask=here, other=0.0))", "test_the_kernel_equals_pytorch[dtype0-16]"),
+    ("- highest) / total", "- highest)", "test_the_kernel_equals_pytorch[dtype0-16]"),
 ) + _mutations(
     "rcm_mcore/parallel/exchange.py",
     "tests/test_parallel.py",
@@ -431,7 +431,7 @@ INTEROP = _mutations(
 TRAINING = _mutations(
     "rcm_mcore/training/networks.py",
     "tests/test_training.py",
-    ("finalize_model_grads if finalize else None", "finalize_model_grads", "test_equals_one_rank[tp2-sp]"),  # two a step
+    ("run if finalize else None", "run", "test_equals_one_rank[tp2-sp]"),  # two a step
 ) + _mutations(
     "rcm_mcore/training/optim.py",
     "tests/test_training.py",
