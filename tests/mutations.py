@@ -237,10 +237,14 @@ WAN = _mutations(
     "rcm_mcore/models/wan/model.py",
     "tests/test_wan.py",
     ("if self.model.bf16_time:", "if True:", "test_output_equals_diffusers"),
-    ("zip(positions, widths)", "zip((positions[0], positions[2], positions[1]), widths)", "test_output_equals_diffusers"),
     ("TIME_SCALE * s", "TIME_SCALE * s.detach()", "test_tangent_equals_jvp_of_diffusers"),
 ) + _mutations(
-    "rcm_mcore/models/wan/block.py",
+    "rcm_mcore/models/common/dit.py",
+    "tests/test_wan.py",
+    ("zip(positions, widths, bases)", "zip((positions[0], positions[2], positions[1]), widths, bases)",
+     "test_output_equals_diffusers"),
+) + _mutations(
+    "rcm_mcore/models/common/layers.py",
     "tests/test_wan.py",
     (  # the bias is added to the tangent rows as well
         "rowwise(ew.add, apply(self.linear_qkv, u), self.linear_qkv.bias)",
@@ -271,7 +275,7 @@ PARALLEL = _mutations(
     ("        dist.all_reduce(grad, group=ctx.group)\n", "", "test_equals_one_rank[2-tp2-72-none]"),  # identity backward
     ("tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True", "test_equals_one_rank[2-tp2-sp-72-none]"),
 ) + _mutations(
-    "rcm_mcore/models/wan/block.py",
+    "rcm_mcore/models/common/layers.py",
     "tests/test_parallel.py",
     ("= config.sequence_parallel  #", "= False  #", "test_equals_one_rank[2-tp2-sp-72-none]"),  # e.g. on the modulation
     ("text_config.sequence_parallel = False", "text_config.sequence_parallel = config.sequence_parallel",
@@ -360,7 +364,7 @@ RING = _mutations(
     "tests/test_parallel.py",
     ("ctx.join, ctx.split)", "ctx.split, ctx.join)", "test_equals_one_rank[2-cp2-all_to_all-72-none]"),
 ) + _mutations(
-    "rcm_mcore/models/wan/model.py",
+    "rcm_mcore/models/common/dit.py",
     "tests/test_parallel.py",
     (".chunk(self.cp_group.size())[self.cp_group.rank()]", ".chunk(self.cp_group.size())[0]",
      "test_equals_one_rank[2-cp2-ring-72-none]"),

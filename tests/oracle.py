@@ -5,11 +5,13 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm_mcore.config import ModelConfig
+from rcm_mcore.config import CosmosConfig, ModelConfig
 
 
 @contextlib.contextmanager
@@ -106,6 +108,105 @@ def names_of_ours(model: ModelConfig, state):
                 out[f"{a}{ours}.norm_{x}.weight"] = state[f"{b}{theirs}.norm_{x}.weight"]
     for name, (weight, bias) in pairs.items():
         out[name + ".weight"], out[name + ".bias"] = weight, bias
+    return out
+
+
+def small_cosmos(**changes):
+    """A Cosmos network like `small_model`."""
+    fields = dict(
+        size="tiny", num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=96, in_channels=4, text_dim=24,
+        text_len=10, adaln_rank=16, dtype="float64", recompute="none",
+    )  # fmt: skip
+    return CosmosConfig(**{**fields, **changes})
+
+
+class _TorchWithoutFloat32:
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def _rms_norm_in_its_dtype(self, x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+@contextlib.contextmanager
+def cosmos_in_fp64():
+    """As `islands_in_fp64`, for diffusers' Cosmos: its angles too, and torchvision's resize, which its masks need."""
+    from diffusers.models import normalization
+    from diffusers.models.transformers import transformer_cosmos
+
+    nearest = lambda x, size, interpolation: torch.nn.functional.interpolate(x, size=tuple(size), mode="nearest")
+    shim = SimpleNamespace(functional=SimpleNamespace(resize=nearest), InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    with pytest.MonkeyPatch.context() as patch, islands_in_fp64():
+        patch.setattr(normalization.RMSNorm, "forward", _rms_norm_in_its_dtype)
+        patch.setattr(transformer_cosmos, "transforms", shim, raising=False)
+        patch.setattr(transformer_cosmos, "torch", _TorchWithoutFloat32())
+        yield
+
+
+def diffusers_cosmos(model: CosmosConfig, seed: int = 0):
+    """diffusers' transformer of the same shape with random weights, none of them zero. Build and use it in cosmos_in_fp64."""
+    from diffusers import CosmosTransformer3DModel
+
+    net = CosmosTransformer3DModel(
+        in_channels=model.in_channels,
+        out_channels=model.in_channels,
+        num_attention_heads=model.num_attention_heads,
+        attention_head_dim=model.head_dim,
+        num_layers=model.num_layers,
+        mlp_ratio=model.ffn_hidden_size / model.hidden_size,
+        text_embed_dim=model.text_dim,
+        adaln_lora_dim=model.adaln_rank,
+        max_size=(128, 240, 240),
+        patch_size=model.patch_size,
+        rope_scale=model.rope_ratios,
+        concat_padding_mask=True,
+        extra_pos_embed_type=None,
+    ).to(torch.float64)
+    net.time_embed.time_proj = Sinusoid(model.hidden_size)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(1 + 0.1 * values if p.ndim == 1 else 0.15 * values)
+    for block in net.transformer_blocks:
+        for attn in (block.attn1, block.attn2):
+            attn.norm_q.eps = attn.norm_k.eps = model.eps  # diffusers' default is ten times the official one
+    return net
+
+
+def cosmos_names_of_ours(model: CosmosConfig, state):
+    """diffusers' tensors under our names."""
+    n, d = model.num_attention_heads, model.head_dim
+
+    def fuse(*names):
+        return torch.stack([state[name].unflatten(0, (n, d)) for name in names], 1).flatten(0, 2)
+
+    out = {
+        "patch_embedding.weight": state["patch_embed.proj.weight"],
+        "time_embedding.1.weight": state["time_embed.t_embedder.linear_1.weight"],
+        "time_embedding.2.weight": state["time_embed.t_embedder.linear_2.weight"],
+        "time_norm.weight": state["time_embed.norm.weight"],
+        "head.adaln.down.weight": state["norm_out.linear_1.weight"],
+        "head.adaln.up.weight": state["norm_out.linear_2.weight"],
+        "head.head.weight": state["proj_out.weight"],
+    }
+    for i in range(model.num_layers):
+        a, b = f"blocks.{i}.", f"transformer_blocks.{i}."
+        for ours, norm in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("ffn", "norm3")):
+            out[f"{a}adaln_{ours}.down.weight"] = state[f"{b}{norm}.linear_1.weight"]
+            out[f"{a}adaln_{ours}.up.weight"] = state[f"{b}{norm}.linear_2.weight"]
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+            for x in "qk":
+                out[f"{a}{ours}.{x}_layernorm.weight"] = state[f"{b}{theirs}.norm_{x}.weight"]
+            out[f"{a}{ours}.linear_proj.weight"] = state[f"{b}{theirs}.to_out.0.weight"]
+        out[a + "self_attn.linear_qkv.weight"] = fuse(*(f"{b}attn1.to_{x}.weight" for x in "qkv"))
+        out[a + "cross_attn.linear_q.weight"] = state[b + "attn2.to_q.weight"]
+        out[a + "cross_attn.linear_kv.weight"] = fuse(*(f"{b}attn2.to_{x}.weight" for x in "kv"))
+        out[a + "ffn.linear_fc1.weight"] = state[b + "ff.net.0.proj.weight"]
+        out[a + "ffn.linear_fc2.weight"] = state[b + "ff.net.2.weight"]
     return out
 
 

@@ -85,12 +85,14 @@ def test_gradients_equal_diffusers(pair, mesh, mode):
 
 def test_one_pass_keeps_no_tangent_and_calls_attention_once(pair, monkeypatch):
     """Backward of a dual pass must not repeat the self-attention it kept."""
-    from rcm_mcore.models.common import attention as module
+    from rcm_mcore.models.common import attention as cross
+    from rcm_mcore.parallel import ring
 
     model, net, _ = pair
     calls = []
-    stock = module.flash_attention
-    monkeypatch.setattr(module, "flash_attention", lambda q, k, v: calls.append(k.shape[1]) or stock(q, k, v))
+    stock = ring.flash_attention
+    for module in (cross, ring):
+        monkeypatch.setattr(module, "flash_attention", lambda q, k, v, **o: calls.append(k.shape[1]) or stock(q, k, v, **o))
     x, x_dot, s, s_dot, text = inputs(model)
     out = net(Dual(x, x_dot), Dual(s, s_dot), text)
     out.primal.sum().backward()

@@ -1,7 +1,7 @@
 """One YAML file per run, parsed into frozen dataclasses and checked before any process group exists."""
 
 from rcm_mcore.config.mesh import MeshConfig, chunks_of_stages, layers_of_stages, resolve_mesh, tokens_per_sample, validate_mesh
-from rcm_mcore.config.model import WAN_SIZES, ModelConfig
+from rcm_mcore.config.model import WAN_SIZES, CosmosConfig, ModelConfig
 from rcm_mcore.config.parse import ConfigError, load_config, parse_config, parse_model, to_yaml
 from rcm_mcore.config.schema import (
     CheckpointConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "CosmosConfig",
     "DataConfig",
     "DistillConfig",
     "LogConfig",

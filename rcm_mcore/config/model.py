@@ -68,6 +68,14 @@ class ModelConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CosmosConfig(ModelConfig):
+    """Cosmos-Predict2 text-to-image (architectures.md B.0); no configuration file names it yet."""
+
+    adaln_rank: int = 256  # of the linears from time to shifts, scales and gates
+    rope_ratios: tuple[float, float, float] = (1.0, 4.0, 4.0)  # stretch the base of the rotary angles: time, height, width
+
+
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name}={value}: must be at least 1")

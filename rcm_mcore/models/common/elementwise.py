@@ -37,14 +37,14 @@ def affine_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dtype: t
     return (layer_norm(x, eps) * weight + bias).to(dtype)
 
 
-def add(x: Tensor, bias: Tensor) -> Tensor:
+def add(x: Tensor, bias: Tensor | None) -> Tensor:
     """x + bias, wide inside. Through `rowwise` the bias reaches the primal alone."""
-    return (wide(x) + bias).to(x.dtype)
+    return x if bias is None else (wide(x) + bias).to(x.dtype)
 
 
-def gated_add(x: Tensor, y: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+def gated_add(x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """The residual step x + gate (y + bias), in the dtype of `x`."""
-    return (wide(x) + gate * (wide(y) + bias)).to(x.dtype)
+    return (wide(x) + gate * (wide(y) if bias is None else wide(y) + bias)).to(x.dtype)
 
 
 def biased_add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
@@ -52,25 +52,39 @@ def biased_add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return (wide(x) + (wide(y) + bias)).to(x.dtype)
 
 
-def gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
+def gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
     """GELU (tanh approximation) of x + bias."""
-    return F.gelu(wide(x) + bias, approximate="tanh").to(x.dtype)
+    return F.gelu(wide(x) if bias is None else wide(x) + bias, approximate="tanh").to(x.dtype)
 
 
-def square_sums(q: Tensor, k: Tensor) -> Tensor:
-    """Sums of squares of q and k [..., N, D] over this rank's heads: [2, ...], wide."""
-    return torch.stack([wide(q).square().sum((-2, -1)), wide(k).square().sum((-2, -1))])
+def gelu_erf(x: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU of x + bias."""
+    return F.gelu(wide(x) if bias is None else wide(x) + bias).to(x.dtype)
 
 
-def square_sum(q: Tensor) -> Tensor:
-    """Sum of squares of q [..., N, D] over this rank's heads: [...], wide."""
-    return wide(q).square().sum((-2, -1))
+def square_sums(*xs: Tensor) -> Tensor:
+    """Sums of squares of each of xs [..., N, D] over this rank's heads: [n, ..., 1], wide."""
+    return torch.stack([wide(x).square().sum((-2, -1)) for x in xs])[..., None]
+
+
+def square_sums_of_heads(*xs: Tensor) -> Tensor:
+    """Sums of squares of each of xs [..., N, D] over every head: [n, ..., N], wide."""
+    return torch.stack([wide(x).square().sum(-1) for x in xs])
 
 
 def rms_norm(x: Tensor, square_sum: Tensor, weight: Tensor, *, width: int, eps: float) -> Tensor:
-    """RMSNorm of x [..., N, D] over `width` = all heads of all ranks, whose squares sum to `square_sum` [...]; wide."""
+    """RMSNorm of x [..., N, D] over `width` entries, whose squares sum to `square_sum` [..., 1 or N]; wide.
+
+    `weight`: [N D], or [D] for every head alike.
+    """
     scale = torch.rsqrt(square_sum / width + eps)
-    return wide(x) * scale[..., None, None] * weight.view(x.shape[-2:])
+    return wide(x) * scale[..., None] * weight.unflatten(0, (-1, x.shape[-1]))
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding on pairs (i, i + D/2). x [S, B, N, D]; cos, sin [S, 1, 1, D/2]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

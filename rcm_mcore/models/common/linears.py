@@ -42,7 +42,13 @@ def _leave(weight: Tensor) -> None:
 
 
 def column_linear(
-    linears: ParallelLinears, in_features: int, out_features: int, *, config: TransformerConfig, group: dist.ProcessGroup
+    linears: ParallelLinears,
+    in_features: int,
+    out_features: int,
+    *,
+    config: TransformerConfig,
+    group: dist.ProcessGroup,
+    bias: bool,
 ) -> nn.Module:
     """[s, b, in] -> [s', b, out / tp]; gathers the sequence first under sequence parallelism. Bias left to the caller."""
     return linears.column(
@@ -50,7 +56,7 @@ def column_linear(
         out_features,
         config=config,
         init_method=_leave,
-        bias=True,
+        bias=bias,
         gather_output=False,
         skip_bias_add=True,
         is_expert=False,
@@ -59,7 +65,13 @@ def column_linear(
 
 
 def row_linear(
-    linears: ParallelLinears, in_features: int, out_features: int, *, config: TransformerConfig, group: dist.ProcessGroup
+    linears: ParallelLinears,
+    in_features: int,
+    out_features: int,
+    *,
+    config: TransformerConfig,
+    group: dist.ProcessGroup,
+    bias: bool,
 ) -> nn.Module:
     """[s', b, in / tp] -> [s, b, out], summed over ranks; scatters the sequence under sequence parallelism."""
     return linears.row(
@@ -67,7 +79,7 @@ def row_linear(
         out_features,
         config=config,
         init_method=_leave,
-        bias=True,
+        bias=bias,
         input_is_parallel=True,
         skip_bias_add=True,
         is_expert=False,
