@@ -54,7 +54,7 @@ def main(folder):
         mesh = run.mesh
         assert_replicas_are_equal(run)
         assert_counted(run)
-        assert bool(reads) == (mesh.sample_group.rank() == 0), f"rank {dist.get_rank()} read {len(reads)} samples"
+        assert bool(reads) == mesh.reads, f"rank {dist.get_rank()} read {len(reads)} samples"
         destroy_mesh()
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text("{}")

@@ -1,18 +1,17 @@
-"""On every rank: the Wan network under each mesh of this world size against the tensors of one rank (test_parallel.py)."""
+"""On every rank: networks under each mesh of this world size against the tensors of one rank (test_parallel.py)."""
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from oracle import inputs, small_model
+from oracle import inputs, small_cosmos, small_model
 
-from rcm_mcore import dual
 from rcm_mcore.config import MeshConfig, resolve_mesh
 from rcm_mcore.dual import Dual, primal
 from rcm_mcore.models.common.parameters import load_full, local_shard
+from rcm_mcore.models.cosmos import build_cosmos
 from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 from rcm_mcore.parallel.stages import as_function
@@ -42,11 +41,20 @@ MESHES = {
 GRIDS = {"72": (3, 8, 12), "45": (3, 6, 10)}  # tokens: every mesh divides them, none does
 LAYERS = 4  # one for each chunk of two stages
 MODES = ("none", "full", "one_pass")
+FAMILIES = {"wan": (small_model, build_wan), "cosmos": (small_cosmos, build_cosmos)}
+OF_COSMOS = ("tp2", "tp2-sp", "cp2-ring", "pp2", "tp2-sp-cp2-ring")  # where its layers differ from Wan's
+
+
+def cases(world_size):
+    """(family, mesh, tokens, mode)."""
+    found = [("wan", name, tokens, mode) for name in MESHES[world_size] for tokens in GRIDS for mode in MODES]
+    names = [name for name in MESHES[world_size] if name in OF_COSMOS]
+    return found + [("cosmos", name, "45", mode) for name in names for mode in ("none", "one_pass")]
 
 
 def run(net, mesh, mode, grid, device="cpu"):
     """Output, tangent and the gradients of a weighted sum of the output, as the trainer would have them."""
-    x, x_dot, s, s_dot, text = (y.to(device) for y in inputs(net.model, grid=grid))
+    x, x_dot, s, s_dot, text = (y.to(device) for y in inputs(net.model, batch=3, grid=grid))
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     net.zero_grad()
     net.blocks.recompute = "full" if mode == "full" else "none"
@@ -60,29 +68,34 @@ def run(net, mesh, mode, grid, device="cpu"):
         out = net(*arguments)
         (primal(out) * weight).sum().backward()
         out, tangent = primal(out).detach(), out.tangent if mode == "one_pass" else tangent
-    for p in net.parameters():
+    for name, p in net.named_parameters():
         if not getattr(p, "allreduce", True):
             dist.all_reduce(p.grad, group=mesh.pp_group)
-        if getattr(p, "sequence_parallel", False):
+        if getattr(p, "sequence_parallel", False) or name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
             dist.all_reduce(p.grad, group=net.tp_group)
         dist.all_reduce(p.grad, group=net.cp_group)
     return out, tangent, {name: p.grad.clone() for name, p in net.named_parameters()}
 
 
-def run_on_stages(net, mesh, arguments, weight, tangent):
-    """The same microbatch three times through megatron's schedule; its last output, and its tangent if it has one."""
+def run_on_stages(net, mesh, arguments, weights, tangents):
+    """Every sample a microbatch of megatron's schedule; the outputs, and their tangents where they have one."""
     outs = []
+    part = lambda value, i: Dual(*(v[i : i + 1] for v in value)) if isinstance(value, Dual) else value[i : i + 1]
+    items = [[part(value, i) for value in (*arguments, weights, tangents)] for i in range(len(weights))]
 
     def forward_step(items, chunk):
-        out = chunk(*next(items))
+        *call, weight, tangent = next(items)
+        out = chunk(*call)
         if not (mesh.is_last_stage and chunk.index == net.num_chunks - 1):
             return out, None
         outs.append(Dual(primal(out).detach(), out.tangent if isinstance(out, Dual) else tangent))
         # megatron divides by the number of microbatches, and multiplies by the context-parallel ranks that DDP divides by.
-        return (primal(out) * weight).sum() / mesh.cp_size, lambda loss: (loss, {})
+        return len(weights) * (primal(out) * weight).sum() / mesh.cp_size, lambda loss: (loss, {})
 
-    forward_backward_schedule(net, forward_step, [arguments] * 3, mesh, like=arguments[0])
-    both = dual.stack(outs[-1], 0) if outs else torch.cat([torch.empty_like(tangent)] * 2)
+    forward_backward_schedule(net, forward_step, items, mesh, like=part(arguments[0], 0))
+    both = torch.cat([torch.empty_like(tangents)] * 2)
+    if outs:
+        both = torch.cat([torch.cat(values) for values in zip(*outs)])
     dist.broadcast(both, dist.get_global_rank(mesh.pp_group, mesh.pp_size - 1), group=mesh.results_group)
     return both.chunk(2)
 
@@ -99,18 +112,21 @@ def worst(errors, largest):
 
 
 def main(folder):
-    mesh = make_mesh(MeshConfig())
-    weights = torch.load(folder / "weights.pt")
-    reference = torch.load(folder / "reference.pt")
+    make_mesh(MeshConfig())
     destroy_mesh()
     results = {}
     for name, config in MESHES[dist.get_world_size()].items():
-        model = small_model(num_layers=LAYERS)
-        config, _ = resolve_mesh(model, config, ranks_per_node=4)
-        mesh = make_mesh(config)
-        net = build_wan(model, config, mesh.groups)
-        load_full(net, weights, mesh.tp_group)
-        for mode, tokens in product(MODES, GRIDS):
+        mesh = make_mesh(resolve_mesh(small_model(), config, ranks_per_node=4)[0])
+        nets = {}
+        for family, (model, build) in FAMILIES.items():
+            weights, reference = (torch.load(folder / f"{family}_{what}.pt") for what in ("weights", "reference"))
+            net = build(model(num_layers=LAYERS), mesh.config, mesh.groups)
+            load_full(net, weights, mesh.tp_group)
+            nets[family] = net, reference
+        for family, mesh_name, tokens, mode in cases(dist.get_world_size()):
+            if mesh_name != name:
+                continue
+            net, reference = nets[family]
             out, tangent, grads = run(net, mesh, mode, GRIDS[tokens])
             params, one = dict(net.named_parameters()), reference[tokens]
             errors = {
@@ -118,7 +134,7 @@ def main(folder):
                 "tangent": relative(tangent, one["tangent"]),
                 **{n: relative(g, local_shard(one["grads"][n], params[n], mesh.tp_group)) for n, g in grads.items()},
             }
-            results[f"{name} {tokens} {mode}"] = worst(errors, max)
+            results[f"{family} {name} {tokens} {mode}"] = worst(errors, max)
         destroy_mesh()
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))

@@ -34,6 +34,7 @@ def test_every_mesh_has_a_row(config, tmp_path):
     [
         (["pp2", "xp2"], "--meshes xp2: xp2 is none of tpN"),
         (["tp4"], "mesh.tp=4"),
+        (["pp2-vpp2"], "mesh.vpp=2 with mesh.pp=2 makes 4 chunks"),
         (["cp1"], "train.global_batch_size=1 must be a multiple of the data-parallel size 2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Wan under tensor, sequence and context parallelism against one rank: outputs, tangents, every gradient, recompute modes."""
+"""Networks under every kind of parallelism against one rank: outputs, tangents, every gradient, recompute modes."""
 
 from functools import cache
 
@@ -6,39 +6,40 @@ import pytest
 import ranks_wan_gpu
 import torch
 from launch import run_ranks
-from oracle import diffusers_wan, islands_in_fp64, names_of_ours, small_model
-from ranks_wan import GRIDS, LAYERS, MESHES, MODES, run
+from oracle import cosmos_in_fp64, cosmos_names_of_ours, diffusers_cosmos, diffusers_wan, names_of_ours
+from ranks_wan import FAMILIES, GRIDS, LAYERS, MESHES, MODES, cases, run
 
 from rcm_mcore.models.common.parameters import load_full
-from rcm_mcore.models.wan import build_wan
 
 
 @pytest.fixture(scope="module")
 def reference(mesh, tmp_path_factory):
-    """A folder with the weights and what one rank computes with them."""
-    folder = tmp_path_factory.mktemp("wan")
-    model = small_model(num_layers=LAYERS)
-    with islands_in_fp64():
-        weights = names_of_ours(model, diffusers_wan(model).state_dict())
-    net = build_wan(model, mesh.config, mesh.groups)
-    load_full(net, weights, mesh.tp_group)
-    torch.save({k: v.clone() for k, v in weights.items()}, folder / "weights.pt")
-    results = {tokens: dict(zip(("out", "tangent", "grads"), run(net, mesh, "none", grid))) for tokens, grid in GRIDS.items()}
-    torch.save(results, folder / "reference.pt")
+    """A folder with the weights of each family and what one rank computes with them."""
+    folder = tmp_path_factory.mktemp("networks")
+    for family, (small, build) in FAMILIES.items():
+        model = small(num_layers=LAYERS)
+        with cosmos_in_fp64():
+            if family == "wan":
+                weights = names_of_ours(model, diffusers_wan(model).state_dict())
+            else:
+                weights = cosmos_names_of_ours(model, diffusers_cosmos(model).state_dict())
+        net = build(model, mesh.config, mesh.groups)
+        load_full(net, weights, mesh.tp_group)
+        torch.save({k: v.clone() for k, v in weights.items()}, folder / f"{family}_weights.pt")
+        results = {t: dict(zip(("out", "tangent", "grads"), run(net, mesh, "none", grid))) for t, grid in GRIDS.items()}
+        torch.save(results, folder / f"{family}_reference.pt")
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(reference):
-    """Errors by mesh and mode; one launch per world size, when it is first asked for."""
+    """Errors by family, mesh and mode; one launch per world size, when it is first asked for."""
     return cache(lambda world_size: run_ranks(world_size, "ranks_wan.py", reference))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tokens", GRIDS)
-@pytest.mark.parametrize("world_size, mesh_name", [(n, name) for n, meshes in MESHES.items() for name in meshes])
-def test_equals_one_rank(results, world_size, mesh_name, tokens, mode):
-    errors = results(world_size)[f"{mesh_name} {tokens} {mode}"]
+@pytest.mark.parametrize("world_size, case", [(n, " ".join(case)) for n in MESHES for case in cases(n)])
+def test_equals_one_rank(results, world_size, case):
+    errors = results(world_size)[case]
     assert len(errors) > 50
     wrong = {name: error for name, error in errors.items() if not error <= 1e-9}  # NaN is wrong
     assert not wrong, wrong

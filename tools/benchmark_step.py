@@ -40,7 +40,7 @@ from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, init_distributed, make_m
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.estimate import estimate
-from rcm_mcore.training.setup import build_networks, choose_attention
+from rcm_mcore.training.setup import build_networks, choose_attention, microbatches_of_a_step
 from rcm_mcore.training.step import StepBatch, run_step
 
 GIB = 2**30
@@ -160,9 +160,8 @@ def measure(config: Config, name: str) -> dict[str, Any]:
         row[kind] = worst(seconds)
         if kind == "student":
             row["waits"] = busy.waits()
-            microbatches = config.train.global_batch_size // (mesh.dp_size * config.train.micro_batch_size)
             stages = config.mesh.pp - 1
-            row["flushed"] = stages / (config.mesh.vpp * microbatches + stages)
+            row["flushed"] = stages / (config.mesh.vpp * microbatches_of_a_step(config, mesh.dp_size) + stages)
             tokens = config.train.global_batch_size * tokens_per_sample(config.model, config.data.latent_shape)
             row["tokens_per_second"] = tokens / row[kind] / dist.get_world_size()
     on_gpu = torch.cuda.is_available()
@@ -232,12 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         configs = [replace(base, mesh=parse_mesh(name)) for name in args.meshes]
         world = int(os.environ.get("WORLD_SIZE", "1"))
         for config in configs:
-            dp = validate_mesh(config.model, config.mesh, world)
-            if config.train.global_batch_size % (dp * config.train.micro_batch_size):
-                raise ValueError(
-                    f"train.global_batch_size={config.train.global_batch_size} must be a multiple of the data-parallel size "
-                    f"{dp} times train.micro_batch_size={config.train.micro_batch_size}"
-                )
+            microbatches_of_a_step(config, validate_mesh(config.model, config.mesh, world))
         tokens = tokens_per_sample(base.model, base.data.latent_shape)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,6 +1,14 @@
 """One YAML file per run, parsed into frozen dataclasses and checked before any process group exists."""
 
-from rcm_mcore.config.mesh import MeshConfig, chunks_of_stages, layers_of_stages, resolve_mesh, tokens_per_sample, validate_mesh
+from rcm_mcore.config.mesh import (
+    MeshConfig,
+    chunks_of_stages,
+    layers_of_stages,
+    microbatches_of_a_chunk,
+    resolve_mesh,
+    tokens_per_sample,
+    validate_mesh,
+)
 from rcm_mcore.config.model import WAN_SIZES, CosmosConfig, ModelConfig
 from rcm_mcore.config.parse import ConfigError, load_config, parse_config, parse_model, to_yaml
 from rcm_mcore.config.schema import (
@@ -33,6 +41,7 @@ __all__ = [
     "chunks_of_stages",
     "layers_of_stages",
     "load_config",
+    "microbatches_of_a_chunk",
     "parse_config",
     "parse_model",
     "resolve_mesh",

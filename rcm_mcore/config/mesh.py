@@ -116,6 +116,14 @@ def chunks_of_stages(num_layers: int, stages: int, chunks: int) -> list[list[ran
     return [ranges[stage::stages] for stage in range(stages)]
 
 
+def microbatches_of_a_chunk(mesh: MeshConfig, microbatches: int) -> int:
+    """Microbatches that pass through a chunk of layers before those of the next: the fewest that leave no group smaller than
+    the stages (megatron's interleaved schedule takes no other).
+    """
+    sizes = range(mesh.pp, microbatches + 1)
+    return next((n for n in sizes if microbatches % n == 0 or microbatches % n >= mesh.pp), mesh.pp)
+
+
 def _check_exchange(mesh: MeshConfig, heads: int) -> None:
     """That `heads` of a tensor-parallel rank can be exchanged as mesh.cp_mode and mesh.cp_inner say."""
     inner = _inner_sizes(mesh.cp, heads)

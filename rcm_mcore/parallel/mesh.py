@@ -53,6 +53,11 @@ class Mesh:
         return self.groups.pp.size()
 
     @property
+    def reads(self) -> bool:
+        """Whether this rank is the one that reads, of those that work on the same samples."""
+        return self.groups.tp_cp.rank() == 0 and self.groups.pp.rank() == 0
+
+    @property
     def is_last_stage(self) -> bool:
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, tokens_per_sample
+from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, microbatches_of_a_chunk, tokens_per_sample
 from rcm_mcore.interop import expected_shapes, shape_of_model
 
 GIB = 2**30
@@ -123,7 +123,9 @@ def _chunks_in_flight(mesh: MeshConfig, microbatches: int) -> int:
 
     Those of megatron's 1F1B: forwards before the first backward, and the one beside it.
     """
-    before = mesh.pp - 1 if mesh.vpp == 1 else 2 * (mesh.pp - 1) + (mesh.vpp - 1) * mesh.pp
+    before = mesh.pp - 1
+    if mesh.vpp > 1:
+        before = 2 * (mesh.pp - 1) + (mesh.vpp - 1) * microbatches_of_a_chunk(mesh, microbatches)
     return min(before + 1, microbatches * mesh.vpp)
 
 

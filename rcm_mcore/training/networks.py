@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,6 @@ def make_trained(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=config.optim.overlap_grad_reduce
     )
     ddp = DistributedDataParallel(net.config, ddp_config, net, pg_collection=mesh.groups)
-    net.config.no_sync_func = ddp.no_sync
     optimizer = make_optimizer(config.optim, ddp, mesh, lr=peak_lr, has_ema=has_ema)
     return Trained(name, net, ddp, optimizer, peak_lr, total_steps)
 
@@ -64,6 +64,8 @@ def finalize_on(trained: Trained, finalize: bool) -> None:
     run = lambda model, *args, **kwargs: finalize_model_grads([trained.ddp], *args, **kwargs)
     net_config: Any = trained.net.config
     net_config.finalize_model_grads_func = run if finalize else None
+    # Only the schedule that finalizes may let gradients go over ranks while it runs: leaving no_sync does that.
+    net_config.no_sync_func = trained.ddp.no_sync if finalize else contextlib.nullcontext
 
 
 def count_parameters(net: nn.Module) -> int:

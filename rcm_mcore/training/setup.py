@@ -58,18 +58,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     dp = validate_mesh(config.model, config.mesh, world_size, tokens=tokens)
     train = config.train
-    if train.global_batch_size % (dp * train.micro_batch_size):
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size} must be a multiple of the data-parallel size {dp} times "
-            f"train.micro_batch_size={train.micro_batch_size}"
-        )
-    microbatches = train.global_batch_size // (dp * train.micro_batch_size)
-    if config.mesh.vpp > 1 and microbatches < config.mesh.pp:
-        raise ValueError(
-            f"mesh.vpp={config.mesh.vpp} needs at least mesh.pp={config.mesh.pp} microbatches, but a step has {microbatches}: "
-            f"train.global_batch_size={train.global_batch_size} over {dp} data-parallel ranks in microbatches of "
-            f"train.micro_batch_size={train.micro_batch_size}; use mesh.vpp=1 or more microbatches"
-        )
+    microbatches = microbatches_of_a_step(config, dp)
     if config.data.readers % dp:
         raise ValueError(f"data.readers={config.data.readers} must be a multiple of the data-parallel size {dp}")
     if torch.cuda.is_available():
@@ -109,6 +98,24 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         "free_gib": free / 2**30,
         "first_prompt": sample.prompts[0],
     }
+
+
+def microbatches_of_a_step(config: Config, dp: int) -> int:
+    """Of each of `dp` data-parallel ranks; ValueError where the batch does not divide or has too few for mesh.vpp."""
+    train = config.train
+    if train.global_batch_size % (dp * train.micro_batch_size):
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of the data-parallel size {dp} times "
+            f"train.micro_batch_size={train.micro_batch_size}"
+        )
+    microbatches = train.global_batch_size // (dp * train.micro_batch_size)
+    if config.mesh.vpp > 1 and microbatches < config.mesh.pp:
+        raise ValueError(
+            f"mesh.vpp={config.mesh.vpp} needs at least mesh.pp={config.mesh.pp} microbatches, but a step has {microbatches}: "
+            f"train.global_batch_size={train.global_batch_size} over {dp} data-parallel ranks in microbatches of "
+            f"train.micro_batch_size={train.micro_batch_size}; use mesh.vpp=1 or more microbatches"
+        )
+    return microbatches
 
 
 def pipeline_facts(config: Config, microbatches: int) -> str:
@@ -214,7 +221,7 @@ def set_up(config: Config) -> Run:
         global_batch_size=config.train.global_batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
-        reads=mesh.sample_group.rank() == 0,
+        reads=mesh.reads,
         transform=partial(with_draws, config),
     )
     if resume_from is not None:

@@ -84,7 +84,7 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
     latents, text, bad_samples = _received(item.batch, config, mesh)
     size = config.train.micro_batch_size
     microbatches = list(_microbatches(latents, text, item.draws.to(mesh.device), size))
-    terms = terms_of(item.phase, roles, config)
+    terms: list[Any] = list(terms_of(item.phase, roles, config))  # partials
     sums: dict[str, Tensor] = {}
     for i, term in enumerate(terms):
         last = i == len(terms) - 1
@@ -97,8 +97,10 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
             for outcome in outcomes:
                 for name, value in outcome.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
-    sums = _from_last_stage(sums, mesh) | {"bad_samples": bad_samples}
-    metrics = _over_global_batch(sums, mesh)
+    # Every rank has every metric, also one whose microbatches were all left out.
+    nothing = {name: torch.zeros((), dtype=torch.float64) for term in terms for name in _METRICS[term.func]}
+    sums = nothing | _from_last_stage(sums, mesh) | {"bad_samples": bad_samples}
+    metrics = _over_global_batch(sums, mesh, terms=len(terms))
     if item.phase.kind == "student":
         weights = {"loss_scm": config.distill.scm_weight, "loss_dmd": config.distill.dmd_weight}
         metrics["loss"] = sum(weight * metrics.get(name, 0.0) for name, weight in weights.items())
@@ -165,18 +167,18 @@ def _from_last_stage(sums: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
 def _received(batch: Batch, config: Config, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
     """Latents [b, C, F, H, W], text [b, text_len, text_dim] and the count of bad samples, on the device.
 
-    The first rank of those that work on the same samples has read them; the others get them from it.
+    One rank of those that work on the same samples has read them; the others get them from it, those of later stages at last.
     """
     count, model = len(batch.slots), config.model
     bad = torch.tensor(float(batch.state["bad_samples"]), dtype=torch.float64)
     tensors = [x.to(mesh.device) for x in (batch.latents, batch.text, bad)]
-    group = mesh.sample_group
-    if group.size() > 1:
-        if group.rank() > 0:
-            shapes = (count, *config.data.latent_shape), (count, model.text_len, model.text_dim)
-            tensors[:2] = [torch.empty(shape, device=mesh.device) for shape in shapes]
-        for x in tensors:
-            dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
+    if not mesh.reads:
+        shapes = (count, *config.data.latent_shape), (count, model.text_len, model.text_dim)
+        tensors[:2] = [torch.empty(shape, device=mesh.device) for shape in shapes]
+    for group in ([mesh.sample_group] if mesh.pp_group.rank() == 0 else []) + [mesh.pp_group]:
+        if group.size() > 1:
+            for x in tensors:
+                dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
     return tensors[0], tensors[1], tensors[2]
 
 
@@ -186,17 +188,22 @@ def _microbatches(latents: Tensor, text: Tensor, draws: Draws, size: int) -> Ite
         yield MicroBatch(latents=latents[rows], text=text[rows], draws=draws.rows(rows))
 
 
+# What a term reports besides samples and nonfinite_output.
+_METRICS: dict[Any, tuple[str, ...]] = {
+    pretrain_step: ("loss", "nonfinite_target"),
+    consistency_step: ("loss_scm", "g_norm", "teacher_gap", "nonfinite_target"),
+    distillation_step: ("loss_dmd", "dmd_weight", "nonfinite_target"),
+    critic_step: ("loss_critic", "nonfinite_target"),
+}
 _COUNTS = ("nonfinite_output", "nonfinite_target", "bad_samples")
 
 
-def _over_global_batch(sums: dict[str, Tensor], mesh: Mesh) -> dict[str, float]:
+def _over_global_batch(sums: dict[str, Tensor], mesh: Mesh, *, terms: int) -> dict[str, float]:
     """Sums over the ranks' samples to means per sample (counts stay sums), equal on every rank."""
-    sums.setdefault("nonfinite_target", torch.zeros((), dtype=torch.float64))
     names = sorted(sums)
     values = torch.stack([sums[name].to(mesh.device) for name in names])
     dist.all_reduce(values, group=mesh.dp_group)
     totals = dict(zip(names, values.tolist()))
     samples = totals.pop("samples")
     # A student step counts each sample once per loss term; every mean is over the samples of one term.
-    terms = max(1, sum(name.startswith("loss") for name in totals))
     return {name: value if name in _COUNTS else value * terms / samples for name, value in totals.items()}

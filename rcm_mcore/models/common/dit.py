@@ -46,7 +46,8 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
         virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
         overlap_p2p_comm=mesh.vpp > 1,  # the interleaved schedule is silently wrong without one and with the other
         batch_p2p_comm=mesh.vpp == 1,
-        deallocate_pipeline_outputs=True,  # hidden states that were sent
+        # Hidden states that were sent; the interleaved schedule would free them while they are on their way.
+        deallocate_pipeline_outputs=mesh.vpp == 1,
         batch_p2p_sync=False,  # for an old PyTorch; would have a stage wait for what others send it beside its passes
         pipeline_dtype=torch.promote_types(dtype, torch.float32) if model.fp32_residual else dtype,  # of hidden states
         bf16=dtype == torch.bfloat16,
