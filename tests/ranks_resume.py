@@ -64,13 +64,13 @@ def unwritable(path, rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def poisoned(path, step, name):
-    """Train with draws of `step` (from 0), by their name, that are not finite; returns the error."""
+def poisoned(path, step, name, rank=None):
+    """Train with draws of `step` (from 0), by their name, that are not finite, on all ranks or one; returns the error."""
     with_draws = setup.with_draws
 
     def poison(config, batch):
         item = with_draws(config, batch)
-        if batch.step != step:
+        if batch.step != step or rank not in (None, dist.get_rank()):
             return item
         bad = {name: getattr(item.draws, name) * float("nan")}
         return dataclasses.replace(item, draws=dataclasses.replace(item.draws, **bad))

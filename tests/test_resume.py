@@ -74,6 +74,7 @@ def runs(tmp_path_factory):
             ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
             ["poisoned", config("poisoned_critic", "pp2", checkpoint={"every": 1}), 1, "eps_d"],
             ["poisoned", config("poisoned_student", "pp2", checkpoint={"every": 1}), 2, "rollout_noise"],
+            ["poisoned", config("poisoned_one_rank", "dp2", checkpoint={"every": 1}), 1, "eps_d", 1],
             *(["run", config(mesh, mesh)] for mesh in MESHES if mesh != "one"),
             *(step for mesh in MESHES if mesh != "one" for step in resumed(mesh, mesh)),
             *(step for source, mesh in CHANGES if mesh != "one" for step in resumed(source, mesh)),
@@ -83,7 +84,7 @@ def runs(tmp_path_factory):
             ["rewrite", config("staged", "pp2"), str(folder / "rewritten_pp2")],
         ],
     )
-    (folder / "poisoned.json").write_text(json.dumps(poisoned[:2]))
+    (folder / "poisoned.json").write_text(json.dumps(poisoned[:3]))
     carry_out(1, [step for source, mesh in CHANGES if mesh == "one" for step in resumed(source, mesh)])
     (folder / "errors.json").write_text(json.dumps(errors))
     return folder
@@ -186,9 +187,12 @@ def test_every_rank_learns_that_one_rank_could_not_write(runs):
     assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["log.jsonl"]
 
 
-def test_a_pipeline_stops_on_every_rank_before_weights_are_touched(runs):
-    """In a critic step, and in a student step, whose samples are made before the pass that has a graph."""
-    for (first, second), step, name in zip(json.loads((runs / "poisoned.json").read_text()), (1, 2), ("critic", "student")):
+def test_a_run_stops_on_every_rank_before_weights_are_touched(runs):
+    """Stages in a critic step, and in a student step, whose samples are made before the pass that has a graph; and
+    data-parallel ranks of which one alone has no sample left.
+    """
+    names = ("critic", "student", "one_rank")
+    for (first, second), step, name in zip(json.loads((runs / "poisoned.json").read_text()), (1, 2, 1), names, strict=True):
         assert first == second and f"step {step}: " in first and "are not finite" in first
         assert "train.max_nonfinite_share" in first
         saved = sorted(path.name for path in (runs / f"poisoned_{name}").glob("step_*"))
