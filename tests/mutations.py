@@ -376,11 +376,11 @@ RING = _mutations(
 ) + _mutations(
     "rcm_mcore/training/setup.py",
     "tests/test_training.py",
-    ("reads=mesh.sample_group.rank() == 0", "reads=True", "test_equals_one_rank[cp2]"),
+    ("reads=mesh.reads", "reads=True", "test_equals_one_rank[cp2]"),
 )  # fmt: skip
 
 PIPELINE = _mutations(
-    "rcm_mcore/models/wan/model.py",
+    "rcm_mcore/models/common/dit.py",
     "tests/test_training.py",
     ("param.allreduce = False", "param.allreduce = True", "test_equals_one_rank[pp2]"),
 ) + _mutations(

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcm_mcore import dual
 from rcm_mcore.config import MeshConfig, ModelConfig, chunks_of_stages, tokens_per_sample
@@ -85,6 +85,13 @@ class DiffusionTransformer(MegatronModule):
             },
             recompute=model.recompute,
         )
+
+    @staticmethod
+    def mark_embedders(*embedders: nn.Module) -> None:
+        """Tell the optimizer that every stage has these: see parallel/mesh.py."""
+        for embedder in embedders:
+            for param in embedder.parameters():
+                param.allreduce = False  # type: ignore[attr-defined]
 
     def embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """s [B] -> what the head and what the blocks see of it, [..., B, M] in the dtype of the islands."""

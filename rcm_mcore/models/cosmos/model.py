@@ -51,9 +51,7 @@ class CosmosModel(DiffusionTransformer):
             }
         )
         self.time_norm = _Weight(width, config=config)
-        for embedder in (self.time_embedding, self.time_norm):
-            for param in embedder.parameters():
-                param.allreduce = False  # type: ignore[attr-defined]  # every stage has them: see parallel/mesh.py
+        self.mark_embedders(self.time_embedding, self.time_norm)
         if self.post_process:
             self.head = _Head(model, config=config)
 

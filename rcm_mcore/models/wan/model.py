@@ -48,9 +48,7 @@ class WanModel(DiffusionTransformer):
             param.sequence_parallel = False  # type: ignore[attr-defined]
         self.time_embedding = _mlp(model.freq_dim, width, config=config)
         self.time_projection = nn.ModuleDict({"1": Linear(width, 6 * width, config=config)})
-        for embedder in (self.text_embedding, self.time_embedding, self.time_projection):
-            for param in embedder.parameters():
-                param.allreduce = False  # type: ignore[attr-defined]  # every stage has them: see parallel/mesh.py
+        self.mark_embedders(self.text_embedding, self.time_embedding, self.time_projection)
         if self.post_process:
             self.head = _Head(width, channels, config=config)
 
