@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm_mcore.config import CosmosConfig, ModelConfig
+from rcm_mcore.config import ModelConfig
 
 
 @contextlib.contextmanager
@@ -114,10 +114,10 @@ def names_of_ours(model: ModelConfig, state):
 def small_cosmos(**changes):
     """A Cosmos network like `small_model`."""
     fields = dict(
-        size="tiny", num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=96, in_channels=4, text_dim=24,
-        text_len=10, adaln_rank=16, dtype="float64", recompute="none",
+        family="cosmos", size="tiny", num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=96, in_channels=4,
+        text_dim=24, text_len=10, adaln_rank=16, rope_ratios=(1.0, 4.0, 4.0), dtype="float64", recompute="none",
     )  # fmt: skip
-    return CosmosConfig(**{**fields, **changes})
+    return ModelConfig(**{**fields, **changes})
 
 
 class _TorchWithoutFloat32:
@@ -146,7 +146,7 @@ def cosmos_in_fp64():
         yield
 
 
-def diffusers_cosmos(model: CosmosConfig, seed: int = 0):
+def diffusers_cosmos(model: ModelConfig, seed: int = 0):
     """diffusers' transformer of the same shape with random weights, none of them zero. Build and use it in cosmos_in_fp64."""
     from diffusers import CosmosTransformer3DModel
 
@@ -177,7 +177,7 @@ def diffusers_cosmos(model: CosmosConfig, seed: int = 0):
     return net
 
 
-def cosmos_names_of_ours(model: CosmosConfig, state):
+def cosmos_names_of_ours(model: ModelConfig, state):
     """diffusers' tensors under our names."""
     n, d = model.num_attention_heads, model.head_dim
 

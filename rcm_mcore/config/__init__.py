@@ -9,7 +9,7 @@ from rcm_mcore.config.mesh import (
     tokens_per_sample,
     validate_mesh,
 )
-from rcm_mcore.config.model import WAN_SIZES, CosmosConfig, ModelConfig
+from rcm_mcore.config.model import SIZES, ModelConfig
 from rcm_mcore.config.parse import ConfigError, load_config, parse_config, parse_model, to_yaml
 from rcm_mcore.config.schema import (
     CheckpointConfig,
@@ -24,11 +24,10 @@ from rcm_mcore.config.schema import (
 )
 
 __all__ = [
-    "WAN_SIZES",
+    "SIZES",
     "CheckpointConfig",
     "Config",
     "ConfigError",
-    "CosmosConfig",
     "DataConfig",
     "DistillConfig",
     "LogConfig",

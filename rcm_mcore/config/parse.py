@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from rcm_mcore.config.model import WAN_SIZES, ModelConfig
+from rcm_mcore.config.model import SIZES, ModelConfig, fields_of_size
 from rcm_mcore.config.schema import Config
 
 
@@ -112,10 +112,13 @@ def _build(cls: type[T], tree: Any, path: str) -> T:
 
 
 def _with_size(tree: dict[str, Any], where: str) -> dict[str, Any]:
-    size = tree.get("size")
+    family, size = str(tree.get("family", "wan")), tree.get("size")
     if size is None:
-        raise ConfigError(f"missing: {where}size (one of {', '.join(WAN_SIZES)})")
-    return {**WAN_SIZES.get(str(size), {}), **tree}
+        raise ConfigError(f"missing: {where}size (one of {', '.join(SIZES.get(family, SIZES['wan']))})")
+    try:
+        return {**fields_of_size(family, str(size), str(tree.get("condition", "text"))), **tree}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rcm_mcore.config import WAN_SIZES
+from rcm_mcore.config import SIZES
 from rcm_mcore.interop import files, wan_names
 from rcm_mcore.interop.files import Progress
 from rcm_mcore.interop.wan_names import RELEASED_HEAD_DIM, Tensors, WanShape
@@ -164,7 +164,7 @@ def model_of_shape(shape: WanShape) -> dict[str, Any]:
         )
     model = {ours: getattr(shape, field) for ours, field in _MODEL_FIELDS.items()}
     model["patch_size"] = list(shape.patch_size)
-    named = (name for name, sizes in WAN_SIZES.items() if sizes.items() <= model.items())
+    named = (name for name, sizes in SIZES["wan"].items() if sizes.items() <= model.items())
     return {"size": next(named, "tiny"), **model}  # the size is a name only: every field is given
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rcm_mcore.config import CosmosConfig
+from rcm_mcore.config import ModelConfig
 from rcm_mcore.dual import MaybeDual, rowwise
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.attention import AttentionCache
@@ -52,7 +52,7 @@ class CosmosBlock(MegatronModule):
     """z += gate f(LN(z) (1 + scale) + shift), f self-attention, cross-attention, feed-forward, each with its own AdaLN."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: LayerStyle, *, model: CosmosConfig, groups: ProcessGroupCollection
+        self, config: TransformerConfig, submodules: LayerStyle, *, model: ModelConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
         self.eps, self.dtype = model.eps, config.params_dtype

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rcm_mcore.config import CosmosConfig, MeshConfig
+from rcm_mcore.config import MeshConfig, ModelConfig
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.dit import DiffusionTransformer, transformer_config
 from rcm_mcore.models.common.layers import Linear, replicated
@@ -20,7 +20,7 @@ from rcm_mcore.models.cosmos.block import AdaLN, cosmos_block_spec
 
 
 def build_cosmos(
-    model: CosmosConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, seed: int | None = 0, trainable: bool = True
+    model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, seed: int | None = 0, trainable: bool = True
 ) -> CosmosModel:
     """A network with weights that depend on `seed` and not on the mesh, or that are still to be loaded if it is None.
 
@@ -37,7 +37,7 @@ def build_cosmos(
 class CosmosModel(DiffusionTransformer):
     """Cosmos-Predict2 T2I. Build it with `build_cosmos`: parameters are uninitialized after construction."""
 
-    def __init__(self, model: CosmosConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(model, config, groups, block_spec=cosmos_block_spec(model.transformer_impl))
         self.rope_ratios = model.rope_ratios
         width, patch = model.hidden_size, math.prod(model.patch_size)
@@ -88,7 +88,7 @@ class _Weight(nn.Module):
 class _Head(nn.Module):
     """Modulated norm and projection to patches, in the dtype of the islands (architectures.md B.1, item 6)."""
 
-    def __init__(self, model: CosmosConfig, *, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, *, config: TransformerConfig) -> None:
         super().__init__()
         self.adaln = AdaLN(model.hidden_size, model.adaln_rank, 2, config=config)
         self.head = Linear(model.hidden_size, model.in_channels * math.prod(model.patch_size), config=config, bias=False)
@@ -99,7 +99,7 @@ class _Head(nn.Module):
         return self.head(ew.modulated_norm(z, shift, scale, eps=eps, dtype=time.dtype))
 
 
-def _initial_values(model: CosmosConfig, name: str, full: Tensor) -> None:
+def _initial_values(model: ModelConfig, name: str, full: Tensor) -> None:
     """Normal linears of standard deviation 1/sqrt(width), norms of one; a zero head and zero modulation, as adaLN begins."""
     if name == "head.head.weight" or (".up." in name and "adaln" in name):
         full.zero_()
