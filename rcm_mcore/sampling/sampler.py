@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rcm_mcore.checkpoint import load_network
 from rcm_mcore.config import resolve_mesh
-from rcm_mcore.data import load_embedding, pad_text, text
+from rcm_mcore.data import load_embedding, pad_text
 from rcm_mcore.diffusion.samplers import TensorVelocity, sample_few_step, sample_ode
 from rcm_mcore.diffusion.trigflow import Velocity
 from rcm_mcore.distill.roles import Network, guided
@@ -24,6 +24,9 @@ from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.stages import as_function
 from rcm_mcore.sampling.request import Draw, SamplerConfig, SampleRequest, check, draws_of, time_steps
+
+if TYPE_CHECKING:
+    from rcm_mcore.data.text import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class Sampler:
         resolved, self.context_parallelism = resolve_mesh(self.model, config.mesh, ranks_per_node=local)
         self.mesh = make_mesh(resolved)
         self.seconds = 0.0  # in the samplers, the first forward apart
-        self._encoder: text.TextEncoder | None = None
+        self._encoder: TextEncoder | None = None
         self._is_warm = False
         self._network: Network | None = None
         try:
@@ -95,8 +98,10 @@ class Sampler:
         stays until `free_text_encoder`.
         """
         if self._encoder is None:
+            from rcm_mcore.data.text import TextEncoder  # its tokenizer is not needed where text is encoded already
+
             dtype = min(getattr(torch, self.model.dtype), torch.float32, key=lambda d: d.itemsize)
-            self._encoder = text.TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
+            self._encoder = TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
         different = list(dict.fromkeys(prompts))
         rows = dict(zip(different, self._encoder.encode(different)))
         return [rows[prompt] for prompt in prompts]
