@@ -132,9 +132,11 @@ def two_ranks(folder):
 
 def main(folder):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    leave, sample._leave_process_group = sample._leave_process_group, lambda: None  # a second one would meet the first's keys
     results = one_rank(folder) if world == 1 else two_ranks(folder)
     if rank == 0:
         (folder / f"results_{world}.json").write_text(json.dumps(results))
+    leave()
     assert not dist.is_initialized(), "main leaves no process group"
 
 
