@@ -29,6 +29,8 @@ from torch import Tensor
 
 from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import media
+from rcm_mcore.data.digits import DigitCodec
+from rcm_mcore.evaluation.report import write_gif
 from rcm_mcore.sampling.request import Draw, SampleRequest, draws_of, time_steps
 from rcm_mcore.sampling.sampler import Sampler
 
@@ -133,12 +135,10 @@ class SampleFolder:
         latents = torch.stack([self.load_part(draw) for draw in self.draws])
         _publish(self._latents, {"latents": latents})
         if self._output.codec is not None:
-            from rcm_mcore.data.digits import DigitCodec
-            from rcm_mcore.evaluation.report import write_gif
-
             videos = DigitCodec.load(self._output.codec).decode(latents)
             _publish(self.path / "videos.safetensors", {"videos": videos.contiguous()})
-            write_gif(videos[:40], self.path / "videos.gif")
+            write_gif(videos[:40], self.path / ".videos.gif.partial")
+            os.replace(self.path / ".videos.gif.partial", self.path / "videos.gif")
         if self._output.vae is not None:
             cells = []
             for draw in self.draws:
