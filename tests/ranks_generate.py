@@ -121,6 +121,7 @@ def one_rank(folder):
     results["several"] = run(arguments(folder, "several", "--num-per-prompt", "2", prompts=PROMPTS[:2], frames=1))
     teacher = ["--sampler", "euler", "--guidance", "3", "--negative-prompt", "a blue bird", "--tiled"]
     results["teacher"] = run(arguments(folder, "teacher", *teacher, prompts=PROMPTS[:1]))
+    results["long"] = run(arguments(folder, "long", prompts=["red " * 40]))
     alone = ["--checkpoint", "--which", "--text-encoder", "--prompt"]
     values = [str(folder / "checkpoint"), "student", str(folder / "pipeline"), "a red fox"]
     latents_alone = [word for pair in zip(alone, values) for word in pair] + ["--latent-shape", "16", "2", "4", "4"]

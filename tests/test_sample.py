@@ -165,6 +165,14 @@ def test_digits_and_latents_without_a_vae(runs):
     assert torch.equal(videos, DigitCodec.load(folder / "codec.json").decode(latents(folder / "digits")))
 
 
+def test_a_prompt_that_is_too_long_is_named(runs):
+    folder, results = runs
+    assert results["long"]["code"] == 2 and results["long"]["calls"] == []
+    assert re.search(
+        r"prompt 'red red .* has \d+ tokens: the network reads at most model.text_len=24", results["long"]["error"]
+    )
+
+
 def test_two_ranks_write_the_same(runs):
     folder, _ = runs
     results = run_ranks(2, "ranks_generate.py", folder)
@@ -243,8 +251,9 @@ def test_bad_command_lines(refused, tmp_path, more, message):
 def test_a_folder_of_something_else_is_refused(refused, tmp_path):
     (tmp_path / "thesis.tex").touch()
     assert "is not empty and holds no samples.json" in refused(tmp_path)
-    (tmp_path / "samples.json").write_text("{}")
-    assert "is not of this program" in refused(tmp_path)
+    for content in ("{}", "[]", '{"request": 1, "output": {}, "checkpoint": {}}'):
+        (tmp_path / "samples.json").write_text(content)
+        assert "is not of this program" in refused(tmp_path)
 
 
 def test_background_is_bounded_and_raises():

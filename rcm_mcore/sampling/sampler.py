@@ -95,7 +95,7 @@ class Sampler:
         """Text rows [n_i, text_dim] of the prompts, float32 on the CPU; every one is encoded once.
 
         The encoder is loaded by the first call, on this rank's device and in the network's dtype (float32 for a wider one), and
-        stays until `free_text_encoder`.
+        stays until `free_text_encoder`. Raises ValueError for a prompt longer than the network's text.
         """
         if self._encoder is None:
             from rcm_mcore.data.text import TextEncoder  # its tokenizer is not needed where text is encoded already
@@ -104,6 +104,11 @@ class Sampler:
             self._encoder = TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
         different = list(dict.fromkeys(prompts))
         rows = dict(zip(different, self._encoder.encode(different)))
+        for prompt, encoded in rows.items():
+            if len(encoded) > self.model.text_len:
+                raise ValueError(
+                    f"prompt {prompt[:60]!r} has {len(encoded)} tokens: the network reads at most model.text_len={self.model.text_len}"
+                )
         return [rows[prompt] for prompt in prompts]
 
     def free_text_encoder(self) -> None:
