@@ -12,8 +12,8 @@ from oracle import small_model
 from ranks_wan import GRIDS, LAYERS, MODES, relative, run, worst
 
 from rcm_mcore.config import MeshConfig, resolve_mesh
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import full_shape, load_full, local_shard
-from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 
 MESHES = {
@@ -61,7 +61,7 @@ def random_weights(net):
 def compute(config, dtype, modes):
     """By length and mode: output and tangent; gradients; and a function from names and full tensors to this rank's shards."""
     mesh = make_mesh(resolve_mesh(model(dtype), config, ranks_per_node=dist.get_world_size())[0])
-    net = build_wan(model(dtype), mesh.config, mesh.groups)
+    net = build_model(model(dtype), mesh.config, mesh.groups)
     load_full(net, random_weights(net), mesh.tp_group)
     params, group = dict(net.named_parameters()), mesh.tp_group
     results = {}

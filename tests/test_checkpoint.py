@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 
 from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder, load_network, network, read_network, write_network
 from rcm_mcore.config import parse_config
-from rcm_mcore.models.wan import build_wan
+from rcm_mcore.models import build_model
 from rcm_mcore.training.networks import make_trained
 from rcm_mcore.training.state import RunState, write_state
 
@@ -174,7 +174,7 @@ def trained(mesh, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     networks = []
     for name, has_ema in (("student", True), ("fake_score", False)):
-        net = build_wan(CONFIG.model, CONFIG.mesh, mesh.groups)
+        net = build_model(CONFIG.model, CONFIG.mesh, mesh.groups)
         with torch.no_grad():
             for p in net.parameters():
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
@@ -193,7 +193,7 @@ def trained(mesh, tmp_path_factory):
 @pytest.fixture
 def fresh(mesh):
     """A network with weights of its own."""
-    return build_wan(CONFIG.model, CONFIG.mesh, mesh.groups, seed=9, trainable=False)
+    return build_model(CONFIG.model, CONFIG.mesh, mesh.groups, seed=9, trainable=False)
 
 
 @pytest.mark.parametrize("which", ["student", "fake_score"])

@@ -6,34 +6,32 @@ import pytest
 import ranks_wan_gpu
 import torch
 from launch import run_ranks
-from oracle import cosmos_in_fp64, cosmos_names_of_ours, diffusers_cosmos, diffusers_wan, names_of_ours
-from ranks_wan import FAMILIES, GRIDS, LAYERS, MESHES, MODES, cases, run
+from oracle import VARIANTS, diffusers_network, exact_diffusers, names_of_ours
+from ranks_wan import GRIDS, LAYERS, MESHES, MODES, cases, run
 
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full
 
 
 @pytest.fixture(scope="module")
 def reference(mesh, tmp_path_factory):
-    """A folder with the weights of each family and what one rank computes with them."""
+    """A folder with the weights of each variant and what one rank computes with them."""
     folder = tmp_path_factory.mktemp("networks")
-    for family, (small, build) in FAMILIES.items():
+    for variant, small in VARIANTS.items():
         model = small(num_layers=LAYERS)
-        with cosmos_in_fp64():
-            if family == "wan":
-                weights = names_of_ours(model, diffusers_wan(model).state_dict())
-            else:
-                weights = cosmos_names_of_ours(model, diffusers_cosmos(model).state_dict())
-        net = build(model, mesh.config, mesh.groups)
+        with exact_diffusers():
+            weights = names_of_ours(model, diffusers_network(model).state_dict())
+        net = build_model(model, mesh.config, mesh.groups)
         load_full(net, weights, mesh.tp_group)
-        torch.save({k: v.clone() for k, v in weights.items()}, folder / f"{family}_weights.pt")
+        torch.save({k: v.clone() for k, v in weights.items()}, folder / f"{variant}_weights.pt")
         results = {t: dict(zip(("out", "tangent", "grads"), run(net, mesh, "none", grid))) for t, grid in GRIDS.items()}
-        torch.save(results, folder / f"{family}_reference.pt")
+        torch.save(results, folder / f"{variant}_reference.pt")
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(reference):
-    """Errors by family, mesh and mode; one launch per world size, when it is first asked for."""
+    """Errors by variant, mesh and mode; one launch per world size, when it is first asked for."""
     return cache(lambda world_size: run_ranks(world_size, "ranks_wan.py", reference))
 
 

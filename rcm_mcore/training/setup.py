@@ -22,8 +22,8 @@ from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes, shape_of_model
+from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.linears import parallel_linears
-from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
@@ -236,7 +236,7 @@ def set_up(config: Config) -> Run:
 
 
 def build_networks(
-    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[WanModel], object]
+    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[DiffusionTransformer], object]
 ) -> tuple[list[Trained], Roles, dict[str, Trained]]:
     """Networks of the objective with their first weights; when resuming the trained ones are filled later.
 
