@@ -471,6 +471,17 @@ RESUME = (
     )
 )
 
+VAE = _mutations(
+    "rcm_mcore/data/vae.py",
+    "tests/test_vae.py",
+    ("self._std + self._mean", "self._std", "test_decode_is_the_text_pipelines"),
+    ("latents.to(self.device, torch.float32) * self._std", "latents.float()", "test_decode_is_the_text_pipelines"),
+    ("(mode.float() - self._mean) / self._std", "mode.float() / self._std - self._mean", "test_encode_is_the_video_pipelines"),
+    ("latent_dist.mode()", "latent_dist.sample()", "test_encode_is_the_video_pipelines"),
+    ("self.model.use_tiling = False", "self.model.use_tiling = self.tiled", "test_tiles_are_for_decoding_alone"),
+    ("    if wrong:\n", "    if False:\n", "test_folders_that_cannot_be_used"),
+)
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,
@@ -490,4 +501,5 @@ MUTATIONS = [
     *INTEROP,
     *PARALLEL,
     *TRAINING,
+    *VAE,
 ]

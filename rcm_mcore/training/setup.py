@@ -68,8 +68,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         check_teacher(config)
     with DataLoader(
         config=config.data,
-        text_len=config.model.text_len,
-        text_dim=config.model.text_dim,
+        model=config.model,
         seed=train.seed,
         global_batch_size=dp,
         dp_rank=0,
@@ -214,8 +213,7 @@ def set_up(config: Config) -> Run:
         state = read_state(resume_from, networks, config=config, mesh=mesh)
     loader = DataLoader(
         config=config.data,
-        text_len=config.model.text_len,
-        text_dim=config.model.text_dim,
+        model=config.model,
         seed=config.train.seed,
         start_step=state.step,
         global_batch_size=config.train.global_batch_size,
