@@ -349,10 +349,10 @@ def test_the_exported_network_computes_the_same(trained, fresh, tmp_path, mesh):
     assert theirs.config.num_attention_heads == 2 and theirs.config.attention_head_dim == 24
     theirs.condition_embedder.timesteps_proj = oracle.Sinusoid(CONFIG.model.freq_dim)
     load_network(fresh, trained[0], which="ema", dp_cp_group=mesh.groups.dp_cp)
-    x, _, s, _, text = oracle.inputs(CONFIG.model, grid=(2, 4, 6), dtype=torch.float32)
+    x, _, s, _, condition = oracle.inputs(CONFIG.model, grid=(2, 4, 6), dtype=torch.float32)
     with torch.no_grad(), oracle.islands_in_fp64():
-        want = theirs(hidden_states=x, timestep=1000 * s.double(), encoder_hidden_states=text, return_dict=False)[0]
-        got = fresh(x, s, text)
+        want = theirs(hidden_states=x, timestep=1000 * s.double(), encoder_hidden_states=condition.text, return_dict=False)[0]
+        got = fresh(x, s, condition)
     assert want.dtype == got.dtype == torch.float32 and float(want.norm()) > 1
     assert float((got - want).norm() / want.norm()) <= 2e-5
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, load_config, parse_config
 from rcm_mcore.dual import Dual
 from rcm_mcore.models import build_model
@@ -134,7 +135,7 @@ def test_a_layer_keeps_what_is_estimated(mesh, tmp_path, method):
         model = config.model
         net = build_model(model, mesh.config, mesh.groups)
         x = torch.randn(config.train.micro_batch_size, *config.data.latent_shape)
-        s, text = torch.rand(len(x)), torch.randn(len(x), model.text_len, model.text_dim)
-        arguments = (Dual(x, torch.randn_like(x)), Dual(s, s), text) if method == "scm" else (x, s, text)
+        s, condition = torch.rand(len(x)), Condition(torch.randn(len(x), model.text_len, model.text_dim))
+        arguments = (Dual(x, torch.randn_like(x)), Dual(s, s), condition) if method == "scm" else (x, s, condition)
         found[layers] = bytes_kept(net, *arguments)
     assert found[3] - found[2] == kept_of_a_layer(config)

@@ -160,7 +160,9 @@ def layer_row(mesh: Mesh, tokens: int, repeats: int) -> dict[str, Any]:
         x = Dual(x.primal.bfloat16(), x.tangent.bfloat16())
     modulation = Dual(draw(6, 1, model.hidden_size), draw(6, 1, model.hidden_size))
     places = draw(block, 1, 1, WIDTH // 2).cos(), draw(block, 1, 1, WIDTH // 2).sin()
-    cond = Conditioning(modulation, draw(model.text_len, 1, model.hidden_size, dtype=torch.bfloat16), *places, tokens)
+    cond = Conditioning(
+        modulation, draw(model.text_len, 1, model.hidden_size, dtype=torch.bfloat16), None, *places, tokens, None
+    )
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         time = seconds(lambda: net.blocks(x, cond), repeats)

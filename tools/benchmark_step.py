@@ -34,8 +34,8 @@ from rcm_mcore.config import Config, MeshConfig, load_config, resolve_mesh, toke
 from rcm_mcore.data import Batch
 from rcm_mcore.distill.draws import draw
 from rcm_mcore.distill.phases import Phase
+from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.parameters import full_shape, local_shard
-from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, init_distributed, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.shared_memory import shared_bytes
@@ -54,13 +54,13 @@ class Busy:
     spans: list[tuple[Any, Any]] = field(default_factory=list)
 
     def __enter__(self) -> Busy:
-        self._forward, self._backward = WanModel.forward, schedules.backward_step
-        WanModel.forward = self._timed(self._forward)  # type: ignore[method-assign]
+        self._forward, self._backward = DiffusionTransformer.forward, schedules.backward_step
+        DiffusionTransformer.forward = self._timed(self._forward)  # type: ignore[method-assign]
         schedules.backward_step = self._timed(self._backward)
         return self
 
     def __exit__(self, *_: object) -> None:
-        WanModel.forward, schedules.backward_step = self._forward, self._backward  # type: ignore[method-assign]
+        DiffusionTransformer.forward, schedules.backward_step = self._forward, self._backward  # type: ignore[method-assign]
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
@@ -111,7 +111,7 @@ def parse_mesh(name: str) -> MeshConfig:
 
 
 @torch.no_grad()
-def first_weights(net: WanModel) -> None:
+def first_weights(net: DiffusionTransformer) -> None:
     """By name, none of them zero, so that gradients reach every layer; drawn where the network is."""
     for name, param in net.named_parameters():
         draws = torch.Generator(param.device).manual_seed(crc32(name.encode()))

@@ -321,6 +321,7 @@ def compare_export(out: Path, folder: Path) -> float:
     from diffusers import WanTransformer3DModel
 
     from rcm_mcore.checkpoint import load_network, model_of
+    from rcm_mcore.condition import Condition
     from rcm_mcore.config import parse_model
     from rcm_mcore.models import build_model
     from rcm_mcore.parallel.mesh import local_mesh
@@ -335,7 +336,7 @@ def compare_export(out: Path, folder: Path) -> float:
         x = torch.randn(4, *LATENT, generator=generator).to(mesh.device)
         text = torch.randn(4, model.text_len, model.text_dim, generator=generator).to(mesh.device)
         s = torch.tensor([0.2, 0.5, 0.8, 0.95], device=mesh.device)
-        ours = net(x, s, text)
+        ours = net(x, s, Condition(text))
         other = theirs.to(mesh.device)(x, 1000 * s, text, return_dict=False)[0]
         return float((ours - other).abs().max() / ours.std())
 
