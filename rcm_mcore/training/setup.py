@@ -21,7 +21,7 @@ from rcm_mcore.config import Config, chunks_of_stages, resolve_mesh, tokens_per_
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
-from rcm_mcore.interop import expected_shapes, shape_of_model
+from rcm_mcore.interop import expected_shapes
 from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
@@ -154,7 +154,7 @@ def choose_attention(config: Config) -> dict[str, str]:
 
 def count_parameters(config: Config) -> int:
     """Parameters of one network of `config.model`."""
-    return sum(math.prod(s) for s in expected_shapes(shape_of_model(asdict(config.model))).values())
+    return sum(math.prod(s) for s in expected_shapes(config.model).values())
 
 
 def checkpoint_bytes(config: Config) -> int:
