@@ -3,11 +3,11 @@
 from functools import cache
 
 import pytest
-import ranks_wan_gpu
+import ranks_networks_gpu
 import torch
 from launch import run_ranks
 from oracle import VARIANTS, diffusers_network, exact_diffusers, names_of_ours
-from ranks_wan import GRIDS, LAYERS, MESHES, MODES, cases, run
+from ranks_networks import GRIDS, LAYERS, MESHES, cases, run
 
 from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full
@@ -32,7 +32,7 @@ def reference(mesh, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(reference):
     """Errors by variant, mesh and mode; one launch per world size, when it is first asked for."""
-    return cache(lambda world_size: run_ranks(world_size, "ranks_wan.py", reference))
+    return cache(lambda world_size: run_ranks(world_size, "ranks_networks.py", reference))
 
 
 @pytest.mark.parametrize("world_size, case", [(n, " ".join(case)) for n in MESHES for case in cases(n)])
@@ -44,8 +44,8 @@ def test_equals_one_rank(results, world_size, case):
 
 
 def on_gpus(world_size):
-    """Every mesh, length and mode of so many GPUs."""
-    names = [f"{mesh} {tokens} {mode}" for mesh in ranks_wan_gpu.MESHES[world_size] for tokens in GRIDS for mode in MODES]
+    """Every case of so many GPUs."""
+    names = [" ".join(case) for case in ranks_networks_gpu.cases(world_size)]
     return [pytest.param(world_size, name, marks=getattr(pytest.mark, f"gpu{world_size}")) for name in names]
 
 
@@ -60,5 +60,5 @@ def test_bfloat16_on_gpus_is_within_the_budget(gpu_results, world_size, name):
 
 @pytest.fixture(scope="module")
 def gpu_results(tmp_path_factory):
-    """Errors (under the mesh, on one GPU) by mesh, length and mode."""
-    return cache(lambda world_size: run_ranks(world_size, "ranks_wan_gpu.py", tmp_path_factory.mktemp("gpus")))
+    """Errors (under the mesh, on one GPU) by case."""
+    return cache(lambda world_size: run_ranks(world_size, "ranks_networks_gpu.py", tmp_path_factory.mktemp("gpus")))

@@ -127,8 +127,13 @@ def batch_of(config: Config, mesh: Mesh, kind: str, step: int) -> StepBatch:
     model = config.model
     latents = noise("latents", config.data.latent_shape, seed=0, step=step, slots=slots)
     text = noise("text", (model.text_len, model.text_dim), seed=0, step=step, slots=slots)
+    more = {}
+    if model.image_tokens:
+        more["given"] = noise("given", config.data.latent_shape, seed=0, step=step, slots=slots)
+        more["image"] = noise("image", (model.image_tokens, model.image_dim), seed=0, step=step, slots=slots)
     names = ("",) * count
-    batch = Batch(latents=latents, text=text, prompts=names, keys=names, slots=slots, step=step, state={"bad_samples": 0})
+    kept = dict(prompts=names, keys=names, slots=slots, step=step, state={"bad_samples": 0})
+    batch = Batch(latents=latents, text=text, **kept, **more)
     student = kind == "student"
     phase = Phase(kind="student" if student else "critic", own_step=step, scm=student, dmd=student, rollout_steps=2)
     return StepBatch(batch=batch, phase=phase, draws=draw(config, phase, step=step, slots=slots))
