@@ -145,13 +145,12 @@ def measure(config: Config, name: str) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[0])
-    networks, roles, trained = build_networks(config, mesh, load_teacher=first_weights)
+    _, roles, trained = build_networks(config, mesh, load_teacher=first_weights)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     row: dict[str, Any] = {"mesh": name}
     for kind in ("student", "critic"):
-        for other in networks:
-            other.wake() if other is trained[kind] else other.sleep()
+        trained[kind].wake()
         for step in range(2):
             item = batch_of(config, mesh, kind, step)
             _synchronize()
@@ -169,6 +168,7 @@ def measure(config: Config, name: str) -> dict[str, Any]:
             row["flushed"] = stages / (config.mesh.vpp * microbatches_of_a_step(config, mesh.dp_size) + stages)
             tokens = config.train.global_batch_size * tokens_per_sample(config.model, config.data.latent_shape)
             row["tokens_per_second"] = tokens / row[kind] / dist.get_world_size()
+        trained[kind].sleep()
     on_gpu = torch.cuda.is_available()
     row["gib"] = worst((torch.cuda.max_memory_allocated() + shared_bytes()) / GIB) if on_gpu else None
     row["estimated"] = estimate(config, dist.get_world_size()).total / GIB

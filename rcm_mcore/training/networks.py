@@ -49,13 +49,15 @@ def build_network(model: ModelConfig, mesh: Mesh, *, seed: int | None = None, tr
 def make_trained(
     name: str, net: DiffusionTransformer, config: Config, mesh: Mesh, *, peak_lr: float, total_steps: int, has_ema: bool
 ) -> Trained:
-    """Wrap a network, whose weights are already there, for training under `mesh`."""
+    """Wrap a network, whose weights are already there, for training under `mesh`; it sleeps until its first step."""
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=config.optim.overlap_grad_reduce
     )
     ddp = DistributedDataParallel(net.config, ddp_config, net, pg_collection=mesh.groups)
     optimizer = make_optimizer(config.optim, ddp, mesh, lr=peak_lr, has_ema=has_ema)
-    return Trained(name, net, ddp, optimizer, peak_lr, total_steps)
+    trained = Trained(name, net, ddp, optimizer, peak_lr, total_steps)
+    trained.sleep()
+    return trained
 
 
 def finalize_on(trained: Trained, finalize: bool) -> None:

@@ -224,8 +224,6 @@ def set_up(config: Config) -> Run:
     )
     if resume_from is not None:
         loader.load_state_dict(state.data)
-    for one in networks[1:]:
-        one.sleep()
     if mesh.is_main:  # last, so that a run that cannot start leaves nothing behind
         folder.root.mkdir(parents=True, exist_ok=True)
     return Run(
