@@ -8,12 +8,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from components import PROMPTS, tiny_checkpoint, tiny_pipeline, tiny_vae
+from components import PROMPTS, VIDEO_MODEL, tiny_checkpoint, tiny_pipeline, tiny_vae
 from launch import run_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
 from rcm_mcore import sample
+from rcm_mcore.checkpoint import write_network
 from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE
@@ -166,7 +167,7 @@ def test_digits_and_latents_without_a_vae(runs):
 
 
 def test_a_prompt_that_is_too_long_is_named(runs):
-    folder, results = runs
+    _, results = runs
     assert results["long"]["code"] == 2 and results["long"]["calls"] == []
     assert re.search(
         r"prompt 'red red .* has \d+ tokens: the network reads at most model.text_len=24", results["long"]["error"]
@@ -206,6 +207,9 @@ def refused(parts, monkeypatch, capsys):
         if "VAE4" in more:
             tiny_vae(out.parent, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
             more = ["--vae", str(out.parent)]
+        if "IMAGE" in more:
+            write_network(out.parent / "image", {"a": torch.zeros(2)}, VIDEO_MODEL | {"condition": "image"})
+            more = ["--checkpoint", str(out.parent / "image")]
         argv = ["--checkpoint", str(parts / "checkpoint"), "--which", "student", "--pipeline", str(parts / "pipeline")]
         prompt = [] if "--prompt" in more else ["--prompt", "a red fox"]
         assert sample.main([*argv, *prompt, "--size", "32x32", "--out", str(out), *more]) == 2
@@ -236,6 +240,7 @@ def refused(parts, monkeypatch, capsys):
         (["--which", "ema"], "holds no ema network; it holds: student"),
         (["--fps", "0"], "--fps 0.0: must be positive"),
         (["--vae", "VAE4"], "--vae .*: its latents have 4 channels, the network's 16"),
+        (["--checkpoint", "IMAGE"], "model.condition=image, but this program gives a network prompts alone"),
         (["--codec", "x"], "--codec is for the digits task and --vae for videos"),
         (["--vae", "nowhere"], "VAE folder nowhere: no config.json in it or in vae/"),
         (["--tp", "2"], "mesh.tp=2 does not divide the 1 ranks"),

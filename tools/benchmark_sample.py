@@ -30,12 +30,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, ModelConfig, parse_model, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.data.vae import VideoVAE, latent_shape
 from rcm_mcore.diffusion.samplers import few_step_times, sample_few_step, sample_ode
 from rcm_mcore.distill.roles import guided
+from rcm_mcore.models import DiffusionTransformer, build_model
 from rcm_mcore.models.common.parameters import full_shape, local_shard
-from rcm_mcore.models.wan import WanModel, build_wan
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.sampling.background import Background
@@ -54,7 +55,7 @@ class Case:
     model: ModelConfig
     mesh: Mesh
     latent: tuple[int, int, int, int]
-    net: WanModel
+    net: DiffusionTransformer
 
     def normal(self, name: str, *shape: int) -> Tensor:
         return noise(name, shape, seed=0, step=0, slots=[0]).to(self.mesh.device)
@@ -62,7 +63,7 @@ class Case:
     def velocity(self, guidance: float) -> Callable[[Tensor, Tensor], Any]:
         """The network on a text of full length."""
         text, negative = (self.normal(name, self.model.text_len, self.model.text_dim) for name in ("text", "negative"))
-        return guided(self.net, text, negative, guidance)
+        return guided(self.net, Condition(text), negative, guidance)
 
     def student(self, steps: int) -> Callable[[], Tensor]:
         """Samples; noise and text are drawn before."""
@@ -90,7 +91,7 @@ def forward_flops(model: ModelConfig, tokens: int) -> float:
 
 
 @torch.no_grad()
-def random_weights(net: WanModel) -> None:
+def random_weights(net: DiffusionTransformer) -> None:
     """By name, drawn where the network is, none of them zero."""
     for name, param in net.named_parameters():
         draws = torch.Generator(param.device).manual_seed(crc32(name.encode()))
@@ -105,7 +106,7 @@ def error_of_two_layers(model: ModelConfig, mesh: Mesh) -> float:
     outputs, weights = [], []
     for dtype in (model.dtype, "float64"):
         small = replace(model, num_layers=2, dtype=dtype)
-        net = build_wan(small, mesh.config, mesh.groups, seed=None, trainable=False)
+        net = build_model(small, mesh.config, mesh.groups, seed=None, trainable=False)
         if weights:
             for param, value in zip(net.parameters(), weights, strict=True):
                 param.copy_(value)
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     if not error <= TOLERANCE:
         raise RuntimeError(f"two layers differ from float64 by {error:.1e}, more than {TOLERANCE}: nothing is timed")
     report({"error_of_two_layers": error})
-    net = build_wan(model, mesh.config, mesh.groups, seed=None, trainable=False)
+    net = build_model(model, mesh.config, mesh.groups, seed=None, trainable=False)
     random_weights(net)
     case, tiny = Case(model, mesh, latent, net), args.model == "tiny"
     with torch.no_grad():

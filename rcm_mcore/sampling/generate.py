@@ -26,6 +26,11 @@ def check_output(request: SampleRequest, output: Output, world_size: int) -> Non
     """ValueError naming what is wrong with a request or what it should be written as, before anything is loaded."""
     model = check(request, world_size)
     draws_of(request)
+    if model.condition != "text":
+        raise ValueError(
+            f"--checkpoint {request.checkpoint}: model.condition={model.condition}, but this program gives a network prompts "
+            "alone; rcm_mcore.sampling.Sampler takes given frames"
+        )
     if output.codec is not None and output.vae is not None:
         raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
     if not output.fps > 0:
