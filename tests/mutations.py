@@ -510,7 +510,7 @@ SAMPLE = (
     _mutations(
         "rcm_mcore/sampling/sampler.py",
         "tests/test_sample.py",
-        ("seed=s, step=0, slots=[i])", "seed=s, step=0, slots=[0])", "test_one_sample_again_from_its_record"),
+        ("seed=s, step=0, slots=[i])", "seed=s, step=0, slots=[0])", "test_samples_of_several_seeds"),
         ("seed=s, step=0, slots=[i])", "seed=0, step=0, slots=[i])", "test_samples_of_several_seeds"),
     )
     + _mutations(
