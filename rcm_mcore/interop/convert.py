@@ -102,7 +102,7 @@ def convert(
     """Converts src to dst, bit-exactly unless dtype is given; dst appears when it is complete, or not at all.
 
     dtype: of the written tensors; None keeps each tensor's. A Wan diffusers folder cast to bfloat16 keeps in float32 what
-        diffusers loads in float32: the time embedding, the modulations and the cross-attention norms.
+        diffusers loads in float32: the time embedding, the modulations, the norms with a bias.
     formats: name -> Format; default FORMATS.
 
     Raises: ValueError for an unknown format, an unreadable source, a source that is no network of a known kind or not of
@@ -201,7 +201,8 @@ def _cast(weight: Weight, dtype: torch.dtype) -> Weight:
 
 
 def _target_dtype(name: str, dtype: torch.dtype, model: ModelConfig, target: Format) -> torch.dtype:
-    island = name.endswith("modulation") or name.startswith("time_embedding.") or ".norm3." in name
+    norms = ("img_emb.proj.0.", "img_emb.proj.4.")
+    island = name.endswith("modulation") or name.startswith(("time_embedding.", *norms)) or ".norm3." in name
     keep = island and model.family == "wan" and target.fp32_islands and dtype == torch.bfloat16
     return torch.float32 if keep else dtype
 
