@@ -27,9 +27,7 @@ OFFICIAL = {kind: kind.split()[0] for kind in MODELS}  # the format of the offic
 def random_transformer(kind, seed=0):
     """diffusers' network, no weight zero."""
     model = MODELS[kind]
-    common = dict(
-        num_attention_heads=model.num_attention_heads, attention_head_dim=model.head_dim, num_layers=model.num_layers
-    )
+    common = dict(num_attention_heads=model.num_attention_heads, attention_head_dim=model.head_dim, num_layers=model.num_layers)
     if model.family == "cosmos":
         net = CosmosTransformer3DModel(
             in_channels=6 if kind == "cosmos frames" else 5,
