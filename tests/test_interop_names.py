@@ -273,7 +273,7 @@ def test_another_size_is_named(hubs):
     with pytest.raises(ValueError, match=r"1 tensors differ in shape: blocks.1.ffn.2.weight has \[64, 97\]"):
         interop.infer_model(hub | {"blocks.1.ffn.2.weight": torch.zeros(64, 97)}, head_dim=32)
     wide = hub | {"patch_embedding.weight": torch.zeros(64, 14, 1, 2, 2)}  # Wan2.2's image-to-video
-    with pytest.raises(ValueError, match="takes 14 channels and head.head.weight gives 5.*not supported"):
+    with pytest.raises(ValueError, match=r"takes 14 channels and head.head.weight gives 5.*not supported"):
         interop.infer_model(wide, head_dim=32)
     with pytest.raises(ValueError, match=r"x_embedder.proj.1.weight has 32 columns"):
         interop.infer_model(hubs["cosmos"] | {"x_embedder.proj.1.weight": torch.zeros(64, 32)})

@@ -285,7 +285,7 @@ def test_a_base_without_a_component_is_refused(wan, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "model_index.json").write_text((wan / "base" / "model_index.json").read_text())
-    with pytest.raises(ValueError, match="names the component .*, which has no folder"):
+    with pytest.raises(ValueError, match=r"names the component .*, which has no folder"):
         write = WriteOptions(pipeline=PipelineOptions(base=base))
         convert("diffusers", "diffusers", wan / "student", tmp_path / "out", write=write)
     with pytest.raises(ValueError, match="only a diffusers destination"):
@@ -294,5 +294,5 @@ def test_a_base_without_a_component_is_refused(wan, tmp_path):
 
 def test_cosmos_starts_from_its_own_sigma(cosmos, tmp_path):
     write = WriteOptions(pipeline=PipelineOptions(base=cosmos / "base", sigma_max=120.0))
-    with pytest.raises(ValueError, match="--sigma-max 120.0: Cosmos' pipelines start from 80"):
+    with pytest.raises(ValueError, match=r"--sigma-max 120.0: Cosmos' pipelines start from 80"):
         convert("diffusers", "diffusers", cosmos / "student", tmp_path / "out", write=write)
