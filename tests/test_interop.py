@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import launch
 import pytest
 import safetensors.torch
 import torch
@@ -134,6 +135,15 @@ def test_training_checkpoints_of_rcm(kind, layout, nets, sources, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         convert("rcm_dcp", "wan" if kind == "wan" else "cosmos", tmp_path / "d", tmp_path / "half.pt", read=HEADS)
     assert not (tmp_path / "half.pt").exists()
+
+
+def test_training_checkpoint_of_two_ranks(nets, sources, tmp_path):
+    """Every tensor in pieces, some of unequal length."""
+    launch.torchrun(2, launch.HERE / "ranks_dcp.py", sources["wan", "rcm"], tmp_path / "run/iter_000000500/model")
+    assert len(list((tmp_path / "run/iter_000000500/model").glob("*.distcp"))) == 2
+    convert("rcm_dcp", "diffusers", tmp_path / "run", tmp_path / "d", read=ReadOptions(which="ema", head_dim=32))
+    want = {name: tensor + 1 for name, tensor in nets["wan"].state_dict().items()}
+    assert same(interop.read_diffusers(tmp_path / "d")[0], want)
 
 
 def test_mixed_dtypes_survive(nets, tmp_path):

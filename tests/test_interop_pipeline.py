@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     Cosmos2TextToImagePipeline,
+    Cosmos2VideoToWorldPipeline,
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models.transformers import transformer_cosmos
+from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
 
 from rcm_mcore.data.text import build_text_encoder, train_tokenizer
@@ -177,18 +179,16 @@ def test_wan_with_the_stock_scheduler(wan, trusted, tmp_path):
     assert float((run_wan(pipe, noises, 2) - run_wan(trusted, noises, 2)).abs().max()) <= 1e-4
 
 
-@pytest.fixture(scope="module")
-def cosmos(parts, tmp_path_factory):
-    """A student's transformer folder, the base pipeline, and the pipeline exported from both."""
-    folder = tmp_path_factory.mktemp("cosmos")
-    sizes = dict(
+def export_cosmos(parts, folder, pipeline, **sizes):
+    """Makes a student's transformer folder, the base pipeline, and the pipeline exported from both."""
+    sizes |= dict(
         num_attention_heads=2, attention_head_dim=24, num_layers=2, mlp_ratio=2.0, text_embed_dim=32, adaln_lora_dim=8,
-        rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None,
+        extra_pos_embed_type=None,
     )  # fmt: skip
     base = randomize(CosmosTransformer3DModel(**sizes))
     student = CosmosTransformer3DModel(**sizes)
     student.load_state_dict({name: 0.9 * tensor for name, tensor in base.state_dict().items()})
-    pipe = Cosmos2TextToImagePipeline(
+    pipe = pipeline(
         tokenizer=parts.tokenizer,
         text_encoder=parts.t5,
         vae=parts.vae,
@@ -202,6 +202,12 @@ def cosmos(parts, tmp_path_factory):
     write = WriteOptions(pipeline=PipelineOptions(base=folder / "base"))
     convert("diffusers", "diffusers", folder / "student", folder / "out", write=write)
     return folder
+
+
+@pytest.fixture(scope="module")
+def cosmos(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cosmos")
+    return export_cosmos(parts, folder, Cosmos2TextToImagePipeline, rope_scale=(1.0, 4.0, 4.0))
 
 
 @pytest.fixture
@@ -241,6 +247,44 @@ def test_cosmos_pipeline_equals_our_sampler(cosmos, padding):
         want = sample_few_step(cosmos_velocity(pipe), noises.all, few_step_times(steps, mid_times=MID_TIMES["paper"]))
         assert float(want.std()) > 0.5
         assert float((got - want).abs().max()) <= 1e-4
+
+
+def test_cosmos_video_pipeline_equals_our_sampler(parts, padding, tmp_path):
+    """The frames that are given are clean in what the network sees, at almost no noise, and in what it gives."""
+    world = Cosmos2VideoToWorldPipeline
+    export_cosmos(parts, tmp_path, world, in_channels=17, out_channels=16, rope_scale=(1.0, 3.0, 3.0))
+    pipe = world.from_pretrained(tmp_path / "out", trust_remote_code=True, safety_checker=NoGuardrail())
+    pipe.set_progress_bar_config(disable=True)
+    noises = noises_of(8, 1.0, 4)
+    prepare, given = pipe.prepare_latents, []
+
+    def prepared(*arguments):
+        given.append(prepare(*arguments))
+        torch.manual_seed(noises.seed)  # encoding the frame draws from the same generator
+        return given[0]
+
+    pipe.prepare_latents = prepared
+    with torch.no_grad():
+        got = pipe(
+            image=Image.new("RGB", (WIDTH, HEIGHT), (200, 40, 90)), prompt="a red square", height=HEIGHT, width=WIDTH,
+            num_frames=FRAMES, num_inference_steps=4, guidance_scale=1.0, fps=None, max_sequence_length=16,
+            latents=noises.first, output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+    _, clean, is_given, _, mask, _ = given[0]
+    text, _ = pipe.encode_prompt("a red square", do_classifier_free_guidance=False, max_sequence_length=16)
+    padding_mask, none = torch.zeros(1, 1, HEIGHT, WIDTH), 1e-4 / (1 + 1e-4)
+
+    def velocity(x, s):
+        of_frames = (is_given * none + (1 - is_given) * s.view(1, 1, 1, 1, 1)).float()
+        seen = (is_given * clean + (1 - is_given) * x).float()
+        v = pipe.transformer(
+            seen, of_frames, text, condition_mask=mask, padding_mask=padding_mask, return_dict=False
+        )[0]  # fmt: skip
+        return is_given * (x - clean) / s + (1 - is_given) * v
+
+    want = sample_few_step(velocity, noises.all, few_step_times(4, mid_times=MID_TIMES["paper"]))
+    assert is_given.flatten().tolist() == [1.0, 0.0] and torch.equal(want[:, :, 0].float(), clean[:, :, 0])
+    assert float((got - want).abs().max()) <= 1e-4 < float((want[:, :, 1] - clean[:, :, 1]).abs().mean())
 
 
 def test_cosmos_teacher_sampling_equals_our_euler_steps(cosmos, padding, monkeypatch):
