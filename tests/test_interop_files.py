@@ -51,6 +51,7 @@ def test_files_are_those_of_torch_and_safetensors(hub, tmp_path):
     assert same(safetensors.torch.load_file(tmp_path / "w.safetensors"), hub)
     for mmap in (True, False):
         assert same(torch.load(tmp_path / "w.pt", mmap=mmap, weights_only=True), hub)
+    assert zipfile.ZipFile(tmp_path / "w.pt").testzip() is None
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
         assert same(interop.open_tensors(path), hub)
         assert path.stat().st_size < 1.2 * sum(t.nbytes for t in hub.values())

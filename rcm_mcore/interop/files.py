@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -219,10 +222,7 @@ def _save_safetensors(path: Path, weights: Weights, counter: Counter) -> None:
 
 
 def _save_torch(path: Path, weights: Weights, counter: Counter) -> None:
-    """torch.save of tensors without data, whose places in the file are then filled one by one.
-
-    The checksums that its zip format keeps are those of the empty places; torch.load does not look at them.
-    """
+    """torch.save of tensors without data, whose places in the file are then filled one by one."""
     with FakeTensorMode():
         empty = {name: torch.empty(weight.shape, dtype=weight.dtype) for name, weight in weights.items()}
     try:
@@ -232,11 +232,36 @@ def _save_torch(path: Path, weights: Weights, counter: Counter) -> None:
         raise OSError(f"{path}: writing failed (is the disk full?): {error}") from error
     with FakeTensorMode():
         places = torch.load(path, weights_only=True)
+    checksums = {}  # by place
     with path.open("r+b") as file:
         for name, weight in weights.items():
-            file.seek(places[name].untyped_storage()._checkpoint_offset)
-            file.write(_data(loaded(weight)))
+            place = places[name].untyped_storage()._checkpoint_offset
+            data = _data(loaded(weight))
+            file.seek(place)
+            file.write(data)
+            checksums[place] = zlib.crc32(data)
+            del data  # or it would be there while the next is loaded
             counter.add(weight)
+    _write_checksums(path, checksums)
+
+
+def _write_checksums(path: Path, checksums: Mapping[int, int]) -> None:
+    """Put the CRC-32 of data at these places into the directory of a zip file, where torch.save left that of nothing.
+
+    torch.load does not look at them; tools for zip files do.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entry, headers = archive.start_dir, [info.header_offset for info in archive.infolist()]
+    places = sorted(checksums)
+    with path.open("r+b") as file:
+        for header, after in zip(headers, [*headers[1:], entry]):
+            file.seek(entry)
+            fixed = file.read(46)
+            here = bisect.bisect(places, header)
+            if here < len(places) and places[here] < after:
+                file.seek(entry + 16)
+                file.write(checksums[places[here]].to_bytes(4, "little"))
+            entry += 46 + sum(struct.unpack("<3H", fixed[28:34]))  # name, extra field, comment
 
 
 def _data(tensor: torch.Tensor) -> memoryview:
