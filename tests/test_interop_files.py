@@ -61,27 +61,38 @@ def test_files_are_those_of_torch_and_safetensors(hub, tmp_path):
     assert same(interop.open_tensors(tmp_path / "pipeline" / "transformer"), hub)
 
 
+def test_what_torch_saves_is_read(tmp_path):
+    """Views, other strides, shared storages, parameters, no elements."""
+    big = torch.randn(10, 6, 4)
+    saved = {
+        "view": big[7],
+        "turned": big[1].T,
+        "every other": big[0, ::2],
+        "broadcast": torch.randn(4).expand(3, 4),
+        "scalar": torch.tensor(2),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(2).half()),
+    }
+    torch.save(saved, tmp_path / "w.pt")
+    weights = interop.open_tensors(tmp_path / "w.pt")
+    assert same(weights, saved) and not weights["parameter"].load().requires_grad
+
+
 def test_old_torch_format_is_read(hub, tmp_path):
     torch.save({"model": hub}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(tmp_path / "old.pth")
     assert same(interop.open_tensors(tmp_path / "old.pth"), hub)
 
 
-def test_a_mapped_file_is_mapped_anew(hub, tmp_path, monkeypatch):
-    """What was read through a mapping stays in memory as long as it lives."""
-    monkeypatch.setattr(files, "_REMAP_BYTES", 50_000)
-    interop.save_tensors(tmp_path / "w.pt", hub)
-    maps = []
-    load = torch.load
-    monkeypatch.setattr(torch, "load", lambda *a, **k: maps.append(weakref.ref(v := Mapping(load(*a, **k)))) or v)
-    weights = interop.open_tensors(tmp_path / "w.pt")
-    for name, weight in weights.items():
-        assert torch.equal(weight.load(), hub[name])
-    assert len(maps) == pytest.approx(sum(t.nbytes for t in hub.values()) / 50_000, abs=8) and len(maps) > 3
-
-
-class Mapping(dict):
-    """A dict that can be watched."""
+def test_a_file_may_be_larger_than_memory(hub, tmp_path, monkeypatch):
+    """torch and safetensors map a file privately, which Linux refuses when memory is less: 28.6 GB on 23 GB, found so."""
+    for name in ("w.pt", "w.safetensors"):
+        interop.save_tensors(tmp_path / name, hub)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", None)
+    for name in ("w.pt", "w.safetensors"):
+        assert same(interop.open_tensors(tmp_path / name), hub)
+    with pytest.raises(TypeError):
+        torch.load(tmp_path / "w.pt", mmap=True)
 
 
 class Watched:
