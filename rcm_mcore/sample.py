@@ -88,10 +88,11 @@ def sample(request: SampleRequest) -> SampleResult:
     from tqdm import tqdm
 
     from rcm_mcore.checkpoint import load_network
+    from rcm_mcore.condition import Condition
     from rcm_mcore.data import load_embedding, pad_text
     from rcm_mcore.data.text import TextEncoder
     from rcm_mcore.distill.roles import guided
-    from rcm_mcore.models.wan import build_wan
+    from rcm_mcore.models import build_model
     from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
     from rcm_mcore.parallel.stages import as_function
 
@@ -100,7 +101,7 @@ def sample(request: SampleRequest) -> SampleResult:
     mesh = make_mesh(resolved)
     if mesh.is_main and request.cp > 1:
         print(f"context parallelism: {why}", file=sys.stderr)
-    net = build_wan(model, mesh.config, mesh.groups, seed=None, trainable=False)
+    net = build_model(model, mesh.config, mesh.groups, seed=None, trainable=False)
     which: Any = request.which
     load_network(net, request.checkpoint, which=which, dp_cp_group=mesh.groups.dp_cp)
     text_shape = dict(text_len=model.text_len, text_dim=model.text_dim)
@@ -118,7 +119,7 @@ def sample(request: SampleRequest) -> SampleResult:
         for batch in _batches(list(zip(indices, texts)), request.batch_size):
             slots = [i for i, _ in batch]
             text = torch.stack([t for _, t in batch]).to(mesh.device)
-            velocity = guided(as_function(net, mesh), text, negative.to(mesh.device), request.guidance)
+            velocity = guided(as_function(net, mesh), Condition(text), negative.to(mesh.device), request.guidance)
             noises = _noises(request, slots, mesh.device)
             if not done:  # the first call pays for allocations and compilation
                 velocity(noises[0], noises[0].new_full((len(slots),), 0.9))

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from webdataset.writer import TarWriter
 
-from rcm_mcore.config import DataConfig
+from rcm_mcore.config import DataConfig, parse_model
 from rcm_mcore.data import DataLoader, Sample, pad_text
 
 SHAPE = (2, 3, 2, 2)  # C F H W
@@ -34,7 +34,8 @@ def rcm_members(sample):
 
 
 def own_members(sample):
-    tensors = safetensors.torch.save({"latent": sample.latent, "embed": sample.embed})
+    tensors = {name: getattr(sample, name) for name in ("latent", "embed", "given", "image")}
+    tensors = safetensors.torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None})
     return {"tensors.safetensors": tensors, "prompt.txt": sample.prompt.encode()}
 
 
@@ -59,6 +60,10 @@ def make_config(folder, **fields):
     return DataConfig(**{**defaults, **fields})
 
 
+def make_model(**fields):
+    return parse_model({"size": "tiny", "text_len": TEXT_LEN, "text_dim": TEXT_DIM, **fields})
+
+
 def make_loader(config, *, rank=0, size=1, batch=4, **arguments):
-    arguments = {"text_len": TEXT_LEN, "text_dim": TEXT_DIM, "seed": SEED, **arguments}
+    arguments = {"model": make_model(), "seed": SEED, **arguments}
     return DataLoader(config=config, global_batch_size=batch, dp_rank=rank, dp_size=size, **arguments)

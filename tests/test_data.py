@@ -14,6 +14,7 @@ from shard_samples import (
     TEXT_LEN,
     make_config,
     make_loader,
+    make_model,
     make_sample,
     rcm_members,
     without,
@@ -211,8 +212,7 @@ def open_shards(folder):
 
 
 def test_a_reader_has_one_shard_open_at_most(shards):
-    shape = {"text_len": TEXT_LEN, "text_dim": TEXT_DIM}
-    readers = RankReaders(make_config(shards), **shape, seed=SEED, dp_rank=0, dp_size=1)
+    readers = RankReaders(make_config(shards), model=make_model(), seed=SEED, dp_rank=0, dp_size=1)
     for k in range(2 * sum(SIZES)):
         readers.read(k)
         assert len(open_shards(shards)) == min(k + 1, READERS)

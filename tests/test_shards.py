@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from shard_samples import (
     TEXT_LEN,
     make_config,
     make_loader,
+    make_model,
     make_sample,
     own_members,
     rcm_members,
@@ -267,6 +269,71 @@ def test_the_writer_refuses_what_could_not_be_read(tmp_path):
             write_shards(samples, tmp_path, samples_per_shard=per_shard)
     with pytest.raises(ValueError, match="text has 3 rows: more than text_len=2"):
         pad_text(torch.ones(3, 4), 2)
+
+
+# Given frames and image rows
+
+
+IMAGE = {"condition": "image", "image_len": 3, "image_dim": 6}
+FIRST_LAST = {**IMAGE, "condition": "first_last"}
+
+
+def image_sample(index, *, rows=3):
+    given, image = torch.randn(SHAPE), torch.randn(rows, 6).bfloat16()
+    return replace(make_sample(index), given=given, image=image)
+
+
+def test_given_frames_and_image_rows_reach_the_batches_of_networks_that_take_them(tmp_path):
+    samples = [image_sample(i) for i in range(3)]
+    write_shards(samples, tmp_path, samples_per_shard=3)
+    config = make_config(tmp_path, readers=1, latent_shape=(2, 2, 2, 2))
+    with make_loader(config, batch=3, model=make_model(**IMAGE)) as loader:
+        data = next(loader)
+    assert data.given.dtype == data.image.dtype == torch.float32
+    assert torch.equal(data.given, torch.stack([sample.given[:, :2] for sample in samples]))
+    assert torch.equal(data.image, torch.stack([sample.image.float() for sample in samples]))
+    with make_loader(config, batch=3) as loader:
+        data = next(loader)
+    assert data.given is None and data.image is None and len(data.latents) == 3
+    with make_loader(config, batch=3, reads=False, model=make_model(**IMAGE)) as loader:
+        data = next(loader)
+    assert len(data.given) == len(data.image) == 0
+
+
+def image_cases():
+    good = image_sample(1)
+    longer = torch.randn(2, 4, 2, 2)
+    return {
+        "no given": (replace(good, given=None), IMAGE, r"given is missing, model\.condition=image takes \[2, 3, 2, 2\]"),
+        "no image": (replace(good, image=None), IMAGE, r"image is missing, model\.condition=image takes \[3, 6\]"),
+        "neither, in the rCM format": (None, IMAGE, "given is missing"),
+        "given of other frames": (replace(good, given=longer), IMAGE, r"given is \[2, 4, 2, 2\].*takes \[2, 3, 2, 2\]"),
+        "one image of two": (good, FIRST_LAST, r"image is \[3, 6\], model\.condition=first_last takes \[6, 6\]"),
+        "image width": (replace(good, image=torch.randn(3, 5)), IMAGE, r"image is \[3, 5\].*takes \[3, 6\]"),
+        "nan given": (planted(good, "given", NAN), IMAGE, "given holds 4 NaN"),  # in channels of the last frames too
+        "inf image": (planted(good, "image", INF), IMAGE, "image holds 1 NaN or infinite"),
+        "integers": (replace(good, image=torch.ones(3, 6, dtype=torch.int64)), IMAGE, "image is torch.int64"),
+        "a last frame cut off": (
+            replace(image_sample(1, rows=6), latent=longer, given=longer.clone()),
+            FIRST_LAST,
+            "a cut would lose the given last frame",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", image_cases())
+def test_samples_without_what_an_image_network_takes_are_bad_and_fine_for_others(tmp_path, caplog, case):
+    sample, condition, reason = image_cases()[case]
+    rows = 6 if condition is FIRST_LAST else 3
+    members = rcm_members(make_sample(1)) if sample is None else own_members(sample)
+    entries = [("000", own_members(image_sample(0, rows=rows))), ("001", members)]
+    write_tar(tmp_path / "shard_000000.tar", entries)
+    config = make_config(tmp_path, readers=1)
+    with caplog.at_level(logging.WARNING), make_loader(config, batch=2, model=make_model(**condition)) as loader:
+        data = next(loader)
+    assert data.keys == ("000", "000") and data.state["bad_samples"] == 1
+    assert re.search(reason, caplog.messages[0])
+    assert read_keys(tmp_path, 2, latent_shape=SHAPE) == (["000", "001"], 0)
 
 
 # Inspection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm_mcore.config import DataConfig
+from rcm_mcore.config import DataConfig, ModelConfig
 from rcm_mcore.data.readers import RankReaders
 from rcm_mcore.data.shards import Sample
 
@@ -24,6 +24,9 @@ class Batch:
     Attributes:
         latents: [b, C, F, H, W] float32 on CPU; [0] where the loader does not read.
         text: [b, text_len, text_dim] float32 on CPU, zero rows past the prompt; likewise.
+        given: [b, C, F, H, W] float32 on CPU, the latents of the given frames, zeros encoded elsewhere; likewise; None where
+            the model takes none (`ModelConfig.condition` image and first_last do).
+        image: [b, image_tokens, image_dim] float32 on CPU, the image encoder's rows; like `given`.
         prompts, keys: of each sample.
         slots: of each sample, its place in the global batch, from 0.
         step: the step that the batch is for.
@@ -37,6 +40,8 @@ class Batch:
     slots: tuple[int, ...]
     step: int
     state: dict[str, Any]
+    given: Tensor | None = None
+    image: Tensor | None = None
 
 
 class DataLoader:
@@ -47,7 +52,7 @@ class DataLoader:
 
     Args:
         config: the data section.
-        text_len, text_dim: shape of the text that the model takes.
+        model: the network that the samples are for: its text and image rows, and whether frames are given.
         seed: of the order of the shards.
         global_batch_size: samples of a step over all ranks.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
@@ -62,8 +67,7 @@ class DataLoader:
         self,
         *,
         config: DataConfig,
-        text_len: int,
-        text_dim: int,
+        model: ModelConfig,
         seed: int,
         global_batch_size: int,
         dp_rank: int,
@@ -77,9 +81,10 @@ class DataLoader:
                 f"train.global_batch_size={global_batch_size} is not divisible by the data-parallel size {dp_size}: "
                 f"set it to a multiple of {dp_size}"
             )
-        self._readers = RankReaders(config, text_len=text_len, text_dim=text_dim, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
+        self._readers = RankReaders(config, model=model, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self._reads, self._transform = reads, transform
+        self._takes_images = model.condition in ("image", "first_last")
         self._prefetch = config.prefetch
         self._step = start_step
         self._samples = start_step * global_batch_size
@@ -177,8 +182,10 @@ class DataLoader:
         self._samples += self._global_batch_size
         self._step += 1
         return Batch(
-            latents=torch.stack([sample.latent for sample in samples]) if samples else torch.empty(0),
-            text=torch.stack([sample.embed for sample in samples]) if samples else torch.empty(0),
+            latents=_stack(sample.latent for sample in samples),
+            text=_stack(sample.embed for sample in samples),
+            given=_stack(sample.given for sample in samples) if self._takes_images else None,
+            image=_stack(sample.image for sample in samples) if self._takes_images else None,
             prompts=tuple(sample.prompt for sample in samples),
             keys=tuple(sample.key for sample in samples),
             slots=tuple(slots),
@@ -188,3 +195,9 @@ class DataLoader:
 
     def _position(self) -> dict[str, Any]:
         return {**self._readers.state(), "samples": self._samples}
+
+
+def _stack(rows: Iterable[Tensor | None]) -> Tensor:
+    """One batch of them; [0] of none."""
+    present = [row for row in rows if row is not None]
+    return torch.stack(present) if present else torch.empty(0)

@@ -17,7 +17,7 @@ from typing import Any
 
 from braceexpand import braceexpand  # a requirement of webdataset, whose shard notation this is
 
-from rcm_mcore.config import DataConfig
+from rcm_mcore.config import DataConfig, ModelConfig
 from rcm_mcore.data.shards import BadSample, DamagedShard, Members, Sample, Shard, fit_sample
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class RankReaders:
         divide data.readers.
     """
 
-    def __init__(self, config: DataConfig, *, text_len: int, text_dim: int, seed: int, dp_rank: int, dp_size: int) -> None:
+    def __init__(self, config: DataConfig, *, model: ModelConfig, seed: int, dp_rank: int, dp_size: int) -> None:
         assert 0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}"
         shards = expand_shards(config.shards)
         if len(shards) < config.readers:
@@ -156,7 +156,7 @@ class RankReaders:
                 f"data.readers={config.readers} is not divisible by the data-parallel size {dp_size}: "
                 f"set data.readers to a multiple of {dp_size}"
             )
-        self._config, self._text_len, self._text_dim = config, text_len, text_dim
+        self._config, self._model = config, model
         self._digest = shards_digest(shards)
         self._readers = {
             v: VirtualReader(shards, reader=v, readers=config.readers, seed=seed)
@@ -209,7 +209,7 @@ class RankReaders:
             reader.close()
 
     def _fit(self, sample: Sample) -> Sample:
-        return fit_sample(sample, latent_shape=self._config.latent_shape, text_len=self._text_len, text_dim=self._text_dim)
+        return fit_sample(sample, latent_shape=self._config.latent_shape, model=self._model)
 
     def _on_bad(self, shard: str, key: str, reason: str) -> None:
         bad, limit = self.bad_samples, self._config.max_bad_samples

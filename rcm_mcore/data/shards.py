@@ -5,9 +5,11 @@ or `<key>/<key>.<extension>`. Members of other extensions are ignored.
 
 - rCM: `latent.pt` and `embed.pt`, torch-saved [C, F, H, W] and [512, D] with zero rows past the prompt; `prompt.txt`.
 - Ours: `tensors.safetensors` with `latent` [C, F, H, W] and `embed` [X, D], only the X rows that carry text (half of
-  an rCM sample's bytes are its zero rows); `prompt.txt`.
+  an rCM sample's bytes are its zero rows), and for image-conditioned networks `given` [C, F, H, W] and `image` [Y, E];
+  `prompt.txt`.
 
-Letters: C F H W latent channels, frames, height, width; X text tokens; D width of a text embedding.
+Letters: C F H W latent channels, frames, height, width; X text tokens; D width of a text embedding; Y rows and E width of an
+image embedding.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 from webdataset.writer import TarWriter
+
+from rcm_mcore.config import ModelConfig
 
 ShardFormat = Literal["rcm", "safetensors"]
 Members = Mapping[str, tarfile.TarInfo]  # the members of one sample by extension
@@ -37,6 +41,7 @@ _EXTENSIONS: dict[ShardFormat, tuple[str, ...]] = {
 # What tarfile raises on damaged headers; OverflowError comes from a seek to an absurd offset.
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError)
 _END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
+_RANKS = {"latent": 4, "embed": 2, "given": 4, "image": 2}  # of the tensors of a sample
 
 
 class BadSample(ValueError):
@@ -56,12 +61,17 @@ class Sample:
         embed: [X, D], floating point; the rows that carry text (after `fit_sample`: padded with zero rows).
         prompt: the text itself.
         key: the sample's name within its shard; `write_shards` gives its own.
+        given: [C, F, H, W], floating point, for image-conditioned networks (Wan I2V, FLF2V): the latents of a video of
+            the given frames, zeros elsewhere.
+        image: [Y, E], floating point, likewise: the image encoder's rows of the first given frame, then of the last.
     """
 
     latent: Tensor
     embed: Tensor
     prompt: str
     key: str = ""
+    given: Tensor | None = None
+    image: Tensor | None = None
 
 
 class Shard:
@@ -143,31 +153,58 @@ def sample_format(members: Members) -> ShardFormat:
 
 
 def as_float32(sample: Sample) -> Sample:
-    """The sample with float32 tensors. Raises: BadSample if a value is not finite in float32."""
-    latent, embed = sample.latent.float(), sample.embed.float()
-    for name, tensor in (("latent", latent), ("embed", embed)):
-        finite = torch.isfinite(tensor)
+    """The sample with float32 tensors. Raises: BadSample if one has another rank or a value is not finite in float32."""
+    tensors: dict[str, Any] = {}
+    for name, rank in _RANKS.items():
+        value = getattr(sample, name)
+        if value is None and name in ("given", "image"):
+            continue
+        tensors[name] = _checked(value, name, rank).float()
+        finite = torch.isfinite(tensors[name])
         if not finite.all():
             raise BadSample(f"{name} holds {int((~finite).sum())} NaN or infinite values")
-    return replace(sample, latent=latent, embed=embed)
+    return replace(sample, **tensors)
 
 
-def fit_sample(sample: Sample, *, latent_shape: tuple[int, int, int, int], text_len: int, text_dim: int) -> Sample:
-    """The sample as a network takes it: float32, latent cut to F frames, text padded to [text_len, text_dim].
+def fit_sample(sample: Sample, *, latent_shape: tuple[int, int, int, int], model: ModelConfig) -> Sample:
+    """The sample as a network takes it: float32, latents cut to F frames, text padded to [text_len, text_dim].
 
-    Raises: BadSample where a shape does not fit or a value is not finite (frames past the cut included).
+    `given` and `image` are None unless `model.condition` is image or first_last.
+
+    Raises: BadSample where a shape does not fit, a value is not finite (frames past the cut included), or the network takes
+        `given` and `image` and the sample lacks one.
     """
     channels, frames, height, width = latent_shape
     c, f, h, w = sample.latent.shape
     if (c, h, w) != (channels, height, width) or f < frames:
         raise BadSample(f"latent is {list(sample.latent.shape)}, data.latent_shape is {list(latent_shape)}")
     rows, embed_width = sample.embed.shape
-    if embed_width != text_dim:
-        raise BadSample(f"text rows are {embed_width} wide, the model takes {text_dim}")
-    if rows > text_len:
-        raise BadSample(f"text has {rows} rows, the model takes {text_len}")
+    if embed_width != model.text_dim:
+        raise BadSample(f"text rows are {embed_width} wide, the model takes {model.text_dim}")
+    if rows > model.text_len:
+        raise BadSample(f"text has {rows} rows, the model takes {model.text_len}")
+    if model.condition in ("image", "first_last"):
+        _check_images(sample, frames, model)
+    else:
+        sample = replace(sample, given=None, image=None)
     sample = as_float32(sample)
-    return replace(sample, latent=sample.latent[:, :frames], embed=pad_text(sample.embed, text_len))
+    given = None if sample.given is None else sample.given[:, :frames]
+    return replace(sample, latent=sample.latent[:, :frames], given=given, embed=pad_text(sample.embed, model.text_len))
+
+
+def _check_images(sample: Sample, frames: int, model: ModelConfig) -> None:
+    """Whether a sample, whose latent fits, brings what model.condition=image or first_last takes."""
+    rows = [model.image_tokens, model.image_dim]
+    for name, shape in (("given", list(sample.latent.shape)), ("image", rows)):
+        value = getattr(sample, name)
+        if value is None:
+            raise BadSample(f"{name} is missing, model.condition={model.condition} takes {shape}")
+        if list(value.shape) != shape:
+            raise BadSample(f"{name} is {list(value.shape)}, model.condition={model.condition} takes {shape}")
+    if model.condition == "first_last" and sample.latent.shape[1] > frames:
+        raise BadSample(
+            f"latent has {sample.latent.shape[1]} frames, data.latent_shape {frames}: a cut would lose the given last frame"
+        )
 
 
 def pad_text(embed: Tensor, text_len: int) -> Tensor:
@@ -230,23 +267,26 @@ def _encode(sample: Sample, index: int) -> dict[str, bytes]:
     except BadSample as error:
         raise ValueError(f"sample {index}: {error}") from error
     tensors = {"latent": latent.contiguous(), "embed": _text_rows(embed).contiguous()}
+    for name in ("given", "image"):
+        if (value := getattr(sample, name)) is not None:
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)  # it may share memory with another
     return {"tensors.safetensors": safetensors.torch.save(tensors), "prompt.txt": sample.prompt.encode()}
 
 
 def _decode(key: str, payloads: Mapping[str, bytes]) -> Sample:
     # Bytes from a stranger can make the decoders raise nearly anything; whatever it is, the sample is bad.
-    latent: object
-    embed: object
+    tensors: Mapping[str, Any]
     try:
         prompt = payloads["prompt.txt"].decode()
         if "tensors.safetensors" in payloads:
             tensors = safetensors.torch.load(payloads["tensors.safetensors"])
-            latent, embed = tensors.get("latent"), tensors.get("embed")
         else:
-            latent, embed = _load_tensor(payloads["latent.pt"]), _load_tensor(payloads["embed.pt"])
+            tensors = {name: _load_tensor(payloads[f"{name}.pt"]) for name in ("latent", "embed")}
     except Exception as error:
         raise BadSample(f"cannot be decoded: {type(error).__name__}: {_one_line(error)}") from error
-    return Sample(_checked(latent, "latent", 4), _text_rows(_checked(embed, "embed", 2)), prompt, key)
+    latent, embed = (_checked(tensors.get(name), name, _RANKS[name]) for name in ("latent", "embed"))
+    # The other two are checked where a network takes them (`fit_sample`).
+    return Sample(latent, _text_rows(embed), prompt, key, given=tensors.get("given"), image=tensors.get("image"))
 
 
 def _load_tensor(data: bytes) -> object:

@@ -135,7 +135,8 @@ def _kept_of_a_chunk(config: Config) -> int:
     """Bytes that a chunk of layers keeps besides its layers: its message, and the time embedder's weights in float32."""
     model = config.model
     message = 2 * _rows(config) * model.hidden_size * _residual_width(config) if config.mesh.pp > 1 else 0
-    weights = model.hidden_size * (7 * model.hidden_size + model.freq_dim)
+    width = model.hidden_size
+    weights = width * (7 * width + model.freq_dim) if model.family == "wan" else 4 * width * width
     return message + (4 * weights if model.dtype == "bfloat16" else 0)
 
 

@@ -22,8 +22,8 @@ from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes
+from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.linears import parallel_linears
-from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
@@ -68,8 +68,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         check_teacher(config)
     with DataLoader(
         config=config.data,
-        text_len=config.model.text_len,
-        text_dim=config.model.text_dim,
+        model=config.model,
         seed=train.seed,
         global_batch_size=dp,
         dp_rank=0,
@@ -214,8 +213,7 @@ def set_up(config: Config) -> Run:
         state = read_state(resume_from, networks, config=config, mesh=mesh)
     loader = DataLoader(
         config=config.data,
-        text_len=config.model.text_len,
-        text_dim=config.model.text_dim,
+        model=config.model,
         seed=config.train.seed,
         start_step=state.step,
         global_batch_size=config.train.global_batch_size,
@@ -226,8 +224,6 @@ def set_up(config: Config) -> Run:
     )
     if resume_from is not None:
         loader.load_state_dict(state.data)
-    for one in networks[1:]:
-        one.sleep()
     if mesh.is_main:  # last, so that a run that cannot start leaves nothing behind
         folder.root.mkdir(parents=True, exist_ok=True)
     return Run(
@@ -236,7 +232,7 @@ def set_up(config: Config) -> Run:
 
 
 def build_networks(
-    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[WanModel], object]
+    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[DiffusionTransformer], object]
 ) -> tuple[list[Trained], Roles, dict[str, Trained]]:
     """Networks of the objective with their first weights; when resuming the trained ones are filled later.
 
