@@ -14,8 +14,7 @@ from networks import MODELS, random_transformer, same
 
 from rcm_mcore import interop
 from rcm_mcore.config import ModelConfig, parse_model
-from rcm_mcore.models.cosmos import build_cosmos
-from rcm_mcore.models.wan import build_wan
+from rcm_mcore.models.build import build_model
 
 KINDS = list(MODELS)
 
@@ -143,25 +142,20 @@ def rows_of(fused, hub, names, heads, d):
             assert torch.equal(fused[rows], hub[name][head * d : (head + 1) * d])
 
 
-@pytest.mark.parametrize("family", ["wan", "cosmos"])
-def test_mcore_names_and_layout(family, mesh):
+@pytest.mark.parametrize("kind", oracle.VARIANTS)
+def test_mcore_names_and_layout(kind, mesh):
     """Against the names written out in the oracle and those of our networks, and the rows of one head by hand."""
-    if family == "wan":
-        model = oracle.small_model(dtype="float32")
-        state = oracle.diffusers_wan(model, dtype=torch.float32).state_dict()
-        written_out, net, q = oracle.names_of_ours(model, state), build_wan(model, mesh.config, mesh.groups), "self_attn.{}"
-    else:
-        model = oracle.small_cosmos(dtype="float32")
-        with oracle.cosmos_in_fp64():
-            state = oracle.diffusers_cosmos(model).float().state_dict()
-        net, q = build_cosmos(model, mesh.config, mesh.groups), "self_attn.{}_proj"
-        written_out = oracle.cosmos_names_of_ours(model, state)
+    model = oracle.VARIANTS[kind](dtype="float32")
+    with oracle.exact_diffusers():
+        state = oracle.diffusers_network(model).float().state_dict()
     hub = interop.diffusers_to_hub(state)
     ours = interop.hub_to_mcore(hub, model)
-    assert same(ours, written_out)
+    assert same(ours, oracle.names_of_ours(model, state))
+    net = build_model(model, mesh.config, mesh.groups)
     assert {name: weight.shape for name, weight in ours.items()} == {name: p.shape for name, p in net.named_parameters()}
     assert same(interop.mcore_to_hub(ours, model), hub)
-    names = [f"blocks.1.{q.format(x)}.weight" for x in "qkv"]
+    q = "self_attn.{}.weight" if model.family == "wan" else "self_attn.{}_proj.weight"
+    names = [f"blocks.1.{q.format(x)}" for x in "qkv"]
     rows_of(ours["blocks.1.self_attn.linear_qkv.weight"], hub, names, 4, model.head_dim)
 
 
