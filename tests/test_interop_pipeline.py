@@ -15,12 +15,21 @@ from diffusers import (
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from diffusers.models.transformers import transformer_cosmos
 from PIL import Image
-from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
 from rcm_mcore.data.text import build_text_encoder, train_tokenizer
 from rcm_mcore.diffusion import samplers
@@ -177,6 +186,55 @@ def test_wan_with_the_stock_scheduler(wan, trusted, tmp_path):
     assert len(sigmas) == 2
     noises = noises_of(5, sigmas[0], 2)
     assert float((run_wan(pipe, noises, 2) - run_wan(trusted, noises, 2)).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("both_ends", [False, True])
+def test_wan_image_pipeline_equals_our_sampler(both_ends, parts, tmp_path):
+    """The network told of the first frame, or of the first and the last, by the pipeline; the student's steps by us."""
+    sizes = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=64, num_layers=1, text_dim=32, freq_dim=32)
+    positions = dict(pos_embed_seq_len=10) if both_ends else {}  # of two images in 4 patches and a class row each
+    net = randomize(
+        WanTransformer3DModel(in_channels=36, out_channels=16, image_dim=32, added_kv_proj_dim=48, **sizes, **positions)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        clip = CLIPVisionModel(
+            CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                             patch_size=8)
+        )  # fmt: skip
+    WanImageToVideoPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.umt5,
+        vae=parts.vae,
+        scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        transformer=net,
+        image_encoder=clip,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    ).save_pretrained(tmp_path / "base")
+    net.save_pretrained(tmp_path / "student")
+    write = WriteOptions(pipeline=PipelineOptions(base=tmp_path / "base"))
+    convert("diffusers", "diffusers", tmp_path / "student", tmp_path / "out", write=write)
+    pipe = WanImageToVideoPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    told = []
+    network = pipe.transformer.forward
+    pipe.transformer.forward = lambda **options: told.append(options) or network(**options)
+    noises = noises_of(9, pipe.scheduler.init_noise_sigma, 4)
+    images = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ((200, 40, 90), (10, 240, 60))]
+    torch.manual_seed(9)
+    got = pipe(
+        image=images[0], last_image=images[1] if both_ends else None, prompt="a red square", height=HEIGHT, width=WIDTH,
+        num_frames=FRAMES, num_inference_steps=4, guidance_scale=1.0, latents=noises.first, output_type="latent",
+    ).frames  # fmt: skip
+    text, image, given = (told[0][name] for name in ("encoder_hidden_states", "encoder_hidden_states_image", "hidden_states"))
+
+    def velocity(x, s):
+        seen = torch.cat([x.float(), given[:, 16:]], 1)
+        return network(seen, 1000 * s.float(), text, encoder_hidden_states_image=image, return_dict=False)[0]
+
+    want = sample_few_step(velocity, noises.all, few_step_times(4))
+    assert len(told) == 4 and float(want.std()) > 0.5
+    assert float((got - want).abs().max()) <= 1e-4
 
 
 def export_cosmos(parts, folder, pipeline, **sizes):
