@@ -383,7 +383,7 @@ def test_what_makes_no_pipeline_is_refused(change, message, wan, cosmos, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_a_base_without_a_component_is_refused(wan, tmp_path):
+def test_bases_and_starts_that_do_not_fit_are_refused(wan, cosmos, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "model_index.json").write_text((wan / "base" / "model_index.json").read_text())
@@ -392,9 +392,6 @@ def test_a_base_without_a_component_is_refused(wan, tmp_path):
         convert("diffusers", "diffusers", wan / "student", tmp_path / "out", write=write)
     with pytest.raises(ValueError, match="only a diffusers destination"):
         convert("diffusers", "wan", wan / "student", tmp_path / "out.pth", write=write)
-
-
-def test_cosmos_starts_from_its_own_sigma(cosmos, tmp_path):
     write = WriteOptions(pipeline=PipelineOptions(base=cosmos / "base", sigma_max=120.0))
     with pytest.raises(ValueError, match=r"--sigma-max 120.0: Cosmos' pipelines start from 80"):
         convert("diffusers", "diffusers", cosmos / "student", tmp_path / "out", write=write)
