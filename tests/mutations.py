@@ -537,6 +537,43 @@ VAE = _mutations(
     ("    if wrong:\n", "    if False:\n", "test_folders_that_cannot_be_used"),
 )
 
+SAMPLE = (
+    _mutations(
+        "rcm_mcore/sampling/sampler.py",
+        "tests/test_sample.py",
+        ("seed=s, step=0, slots=[i])", "seed=s, step=0, slots=[0])", "test_one_sample_again_from_its_record"),
+        ("seed=s, step=0, slots=[i])", "seed=0, step=0, slots=[i])", "test_samples_of_several_seeds"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/folder.py",
+        "tests/test_sample.py",
+        ("if sections[name].get(field) != value:", "if False:", "test_another_request_is_refused"),
+        ("not self._part(d).is_file()]", "True]", "test_a_killed_run_leaves_complete_files_and_goes_on"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/generate.py",
+        "tests/test_sample.py",
+        ("background.put(draw, row)", "finisher(draw, row)", "test_decoding_goes_on_beside_the_next_batch"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/background.py",
+        "tests/test_sample.py",
+        (">= self._ahead", ">= 99", "test_background_is_bounded_and_raises"),
+        ("while self._pending and error is None:", "while False:", "test_background_is_bounded_and_raises"),
+    )
+    + _mutations(
+        "rcm_mcore/data/media.py",
+        "tests/test_media.py",
+        ("dst_colorspace=_BT709, ", "", "test_an_mp4_decodes_to_the_video"),
+        ("        partial.unlink(missing_ok=True)\n", "", "test_a_write_that_fails_leaves_nothing"),
+    )
+    + _mutations(
+        "tools/benchmark_sample.py",
+        "tests/test_benchmark_sample.py",
+        ("2 * tokens**2 * width", "tokens**2 * width", "test_flops_are_those_that_torch_counts_in_diffusers_network"),
+    )
+)
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,
@@ -557,4 +594,5 @@ MUTATIONS = [
     *PARALLEL,
     *TRAINING,
     *VAE,
+    *SAMPLE,
 ]
