@@ -161,7 +161,8 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], *, batch_size: int = 32) -> list[torch.Tensor]:
         """The embeddings of the prompts, one float32 CPU tensor [n_i, d] each, n_i counting the end token.
 
-        Prompts are cut to MAX_TOKENS tokens, and for UMT5 cleaned before (`clean_prompt`). The empty prompt gives the end token's row alone.
+        Prompts are cut to MAX_TOKENS tokens, and for UMT5 cleaned before (`clean_prompt`). The empty prompt gives the end
+        token's row alone.
         """
         rows = []
         for start in range(0, len(prompts), batch_size):
