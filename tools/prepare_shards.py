@@ -1,15 +1,19 @@
-"""Writes WebDataset shards of latents and text embeddings: ``prepare_shards.py digits OUT_DIR``."""
+"""Writes WebDataset shards of latents and text embeddings: of videos and images, or of scikit-learn's digits (docs/data.md)."""
 
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
 COMPLETE = "dataset.json"  # written last: a folder that holds it is complete
+_DTYPES = ("bfloat16", "float32")
+_RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # set by torchrun
 _PACKAGES = ("torch", "transformers", "sentencepiece", "scikit-learn", "numpy")
 
 _log = logging.getLogger("prepare_shards")
@@ -35,7 +39,65 @@ def build_parser() -> argparse.ArgumentParser:
     # shards, which is what an epoch shuffles, mixes well.
     digits.add_argument("--samples-per-shard", type=_at_least(1), default=64, metavar="N", help="default %(default)s")
     digits.add_argument("--seed", type=_at_least(0), default=0, help="of split, positions, order, encoder; default 0")
+    _add_encode(commands)
     return parser
+
+
+def _add_encode(commands) -> None:
+    encode = commands.add_parser(
+        "encode",
+        help="videos or images with captions, through the VAE and the text encoder; under torchrun, dealt to the ranks",
+        description="Writes OUT_DIR/shard_*.tar (OUT_DIR/HxW/shard_*.tar for several sizes) and, last, dataset.json. Run again"
+        " after a kill, with any number of ranks, it goes on where it stopped. What cannot be used is skipped, counted and"
+        " named in dataset.json.",
+    )
+    add = encode.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder with a.mp4 and a.txt, or a CSV file with columns path, caption")
+    add("out_dir", type=Path, metavar="OUT_DIR")
+    add("--vae", required=True, metavar="DIR", help="folder of an AutoencoderKLWan, or of a pipeline")
+    add("--text-encoder", required=True, metavar="DIR", help="folder of a UMT5 or T5 encoder and tokenizer, or of a pipeline")
+    add("--size", dest="sizes", required=True, nargs="+", metavar="HxW", help="buckets in pixels, such as 480x832 832x480")
+    add("--frames", type=_at_least(1), default=81, help="of a video, 4n + 1; 1 for images; default %(default)s")
+    add("--fps", type=_positive_fraction, default=Fraction(16), help="frames a second that are chosen; default 16")
+    add("--condition", choices=("text", "image", "first_last"), default="text", help="as model.condition of the training run")
+    add("--image-encoder", metavar="DIR", help="folder with image_encoder/ and image_processor/ (CLIP), for --condition image")
+    add("--negative-prompt", metavar="TEXT", help="embedding to write beside the shards; default Wan's for UMT5, none for T5")
+    add("--long-captions", choices=("skip", "cut"), default="skip", help="captions of more than 512 tokens; default skip")
+    add("--samples-per-shard", type=_at_least(1), default=64, metavar="N", help="default %(default)s")
+    add("--dtype", choices=_DTYPES, default="bfloat16", help="of the tensors in the shards; default %(default)s")
+    add("--vae-dtype", choices=_DTYPES, default="float32", help="of its weights; default %(default)s")
+    add(
+        "--text-dtype",
+        choices=_DTYPES,
+        default="bfloat16",
+        help="of the weights of text and image encoder; default %(default)s",
+    )
+    add("--decode-workers", type=_at_least(1), default=2, metavar="N", help="threads that decode ahead; default %(default)s")
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    """Runs the encode command on this rank. Raises: ValueError, OSError."""
+    # Imported here: torch and transformers take seconds, which --help need not.
+    import torch
+
+    from rcm_mcore.data import media_input
+    from rcm_mcore.data.encode import EncodeRequest, encode_dataset
+    from rcm_mcore.data.text import WAN_NEGATIVE_PROMPT, encoder_kind
+
+    fields = {name: value for name, value in vars(arguments).items() if name not in ("dataset", "out_dir", "dtype")}
+    fields["sizes"] = tuple(media_input.parse_size(text) for text in arguments.sizes)
+    if arguments.negative_prompt is None and encoder_kind(arguments.text_encoder) == "umt5":
+        fields["negative_prompt"] = WAN_NEGATIVE_PROMPT
+    for name in ("vae_dtype", "text_dtype"):
+        fields[name] = getattr(torch, fields[name])
+    request = EncodeRequest(out=arguments.out_dir.resolve(), store_dtype=getattr(torch, arguments.dtype), **fields)
+    rank, world_size, local = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    manifest = encode_dataset(request, device=device, rank=rank, world_size=world_size)
+    if manifest is not None:
+        _log.info("%s is complete: %s", request.out, json.dumps(manifest["counts"]))
+    else:
+        _log.info("rank %d is done; dataset.json is written when every rank is", rank)
 
 
 def prepare_digits(out_dir: Path, *, samples_per_shard: int, seed: int) -> None:
@@ -132,13 +194,24 @@ def _at_least(minimum: int) -> Callable[[str], int]:
     return integer
 
 
+def _positive_fraction(text: str) -> Fraction:
+    """A converter for argparse: 16, 23.976 or 24000/1001."""
+    value = Fraction(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be positive")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: 0, or 2 for what cannot work or be written."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        prepare_digits(arguments.out_dir.resolve(), samples_per_shard=arguments.samples_per_shard, seed=arguments.seed)
-    except (UsageError, OSError) as error:
+        if arguments.dataset == "encode":
+            encode(arguments)
+        else:
+            prepare_digits(arguments.out_dir.resolve(), samples_per_shard=arguments.samples_per_shard, seed=arguments.seed)
+    except (UsageError, ValueError, OSError) as error:
         print(f"prepare_shards.py: {error}", file=sys.stderr)
         return 2
     return 0

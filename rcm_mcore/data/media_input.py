@@ -129,7 +129,7 @@ def read_media(path: Path, *, frames: int, fps: Fraction, sizes: Sequence[Size])
     size = None
     cropped = []
     for frame in chosen:
-        size = size or nearest_size(*frame.shape[:2], sizes)
+        size = size or nearest_size(frame.shape[0], frame.shape[1], sizes)
         cropped.append(resize_and_crop(frame, size))
     return torch.stack(cropped, dim=1)
 

@@ -20,6 +20,13 @@ from transformers import AutoTokenizer, T5EncoderModel, UMT5Config, UMT5EncoderM
 
 MAX_TOKENS = 512  # text length of Wan and Cosmos-Predict2, end token included
 
+# The negative prompt of Wan's own samplers.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
 _MAX_PIECES = 512  # of a trained vocabulary; small corpora end far below
 # Class of the encoder, and whether its prompts are cleaned: Wan cleans them, Cosmos does not.
 _KINDS = {"umt5": (UMT5EncoderModel, True), "t5": (T5EncoderModel, False)}
@@ -130,17 +137,9 @@ class TextEncoder:
             dtype: of its weights; bfloat16 halves the 22 GB of umt5-xxl's encoder.
         Raises: ValueError when the folder has no encoder or no tokenizer, or one that is damaged or of another kind.
         """
-        folder = Path(folder)
-        parts = {}
-        for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
-            parts[part] = next((path for path in (folder / part, folder) if (path / marker).is_file()), None)
-            if parts[part] is None:
-                raise ValueError(
-                    f"text encoder folder {folder}: no {marker} in it or in {part}/; expected a UMT5 or T5 encoder and its"
-                    " tokenizer as saved by save_pretrained"
-                )
-        encoder, self._cleans = _load_encoder(parts["text_encoder"], dtype)
-        self._tokenizer = AutoTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True)
+        tokenizer_folder = _find(Path(folder), "tokenizer", "tokenizer_config.json")
+        encoder, self._cleans = _load_encoder(_find(Path(folder), "text_encoder", "config.json"), dtype)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         self._encoder = encoder.eval().requires_grad_(False).to(device)
 
     @property
@@ -183,15 +182,34 @@ class TextEncoder:
         return clean_prompt(prompt) if self._cleans else prompt
 
 
-def _load_encoder(folder: Path, dtype: torch.dtype):
-    """The encoder of a folder and whether its prompts are cleaned."""
+def encoder_kind(folder: str | os.PathLike[str]) -> str:
+    """`umt5` or `t5`: the encoder that `TextEncoder` would load. Raises: ValueError for another, or none."""
+    return _kind_of(_find(Path(folder), "text_encoder", "config.json"))
+
+
+def _find(folder: Path, part: str, marker: str) -> Path:
+    found = next((path for path in (folder / part, folder) if (path / marker).is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"text encoder folder {folder}: no {marker} in it or in {part}/; expected a UMT5 or T5 encoder and its"
+            " tokenizer as saved by save_pretrained"
+        )
+    return found
+
+
+def _kind_of(folder: Path) -> str:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"text encoder folder {folder}: config.json cannot be read: {error}") from None
     if kind not in _KINDS:
         raise ValueError(f"text encoder folder {folder} holds {kind}: must be one of {', '.join(_KINDS)} (model_type)")
-    cls, cleans = _KINDS[kind]
+    return kind
+
+
+def _load_encoder(folder: Path, dtype: torch.dtype):
+    """The encoder of a folder and whether its prompts are cleaned."""
+    cls, cleans = _KINDS[_kind_of(folder)]
     try:
         encoder, report = cls.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
