@@ -1,7 +1,16 @@
-"""Random parts of a pipeline, small enough for tests, in folders as diffusers writes them."""
+"""Random parts of a pipeline, small enough for tests, in folders as diffusers writes them; and a checkpoint of ours."""
 
 import torch
 from diffusers import AutoencoderKLWan
+from tiny import MODEL
+
+from rcm_mcore.checkpoint import write_network
+from rcm_mcore.config import parse_model
+from rcm_mcore.data.text import build_text_encoder, train_tokenizer
+from rcm_mcore.models.wan import build_wan
+
+VIDEO_MODEL = MODEL | {"in_channels": 16, "text_dim": 16, "text_len": 24}
+PROMPTS = ("a red fox", "a blue whale, at night", "a green bird")
 
 
 def tiny_vae(folder, seed=0, **fields):
@@ -13,3 +22,21 @@ def tiny_vae(folder, seed=0, **fields):
         model = AutoencoderKLWan(**{**sizes, **stats, **fields})
     model.save_pretrained(folder / "vae")
     return model
+
+
+def tiny_pipeline(folder):
+    """Writes folder/vae and, beside each other, a tokenizer and a text encoder."""
+    tiny_vae(folder)
+    train_tokenizer(PROMPTS, folder)
+    build_text_encoder(folder, seed=0, d_model=16, layers=1, heads=2, d_ff=32)
+
+
+def tiny_checkpoint(folder, mesh, seed=0):
+    """Writes a network whose latents are those of the VAE, with weights large enough that text and noise matter."""
+    net = build_wan(parse_model(VIDEO_MODEL), mesh.config, mesh.groups, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, entry in net.sharded_state_dict(prefix="", metadata={"dp_cp_group": mesh.groups.dp_cp}).items():
+        draw = torch.randn(entry.data.shape, generator=generator)
+        weights[name] = 1 + 0.1 * draw if "norm" in name and name.endswith("weight") else 0.2 * draw
+    write_network(folder, weights, VIDEO_MODEL)

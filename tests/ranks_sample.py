@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from rcm_mcore.data import text
 from rcm_mcore.parallel.mesh import init_distributed
-from rcm_mcore.sample import SampleRequest, sample
+from rcm_mcore.sampling import SampleRequest, sample
 
 MESHES = {
     1: {"one": {}},
@@ -24,7 +24,7 @@ MESHES = {
 class RandomTexts:
     """In the place of a text encoder: rows that depend on the prompt alone."""
 
-    def __init__(self, _):
+    def __init__(self, folder, **_):
         pass
 
     def encode(self, prompts):

@@ -152,7 +152,7 @@ def sample_worker(out: Path, quick: bool) -> None:
     import torch.distributed as dist
 
     from rcm_mcore.parallel.mesh import init_distributed
-    from rcm_mcore.sample import SampleRequest, sample
+    from rcm_mcore.sampling import SampleRequest, sample
 
     torch.set_num_threads(1)
     init_distributed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -52,7 +53,7 @@ class VideoVAE:
             tiled: decode in overlapping tiles of 256 pixels, which need less memory and are blended; encoding is never tiled.
         Raises: ValueError when the folder holds none, or one that is damaged or of another kind.
         """
-        self.folder = _find(Path(folder))
+        self.folder, _ = find_vae(folder)
         self.model = _load(self.folder, dtype).eval().requires_grad_(False).to(device)
         self.device, self.tiled = torch.device(device), tiled
         config = self.model.config
@@ -92,8 +93,9 @@ class VideoVAE:
         return self.model.decode(z.to(self.model.dtype)).sample.float()
 
 
-def _find(folder: Path) -> Path:
-    """Where the VAE is: in `folder/vae`, or in the folder itself."""
+def find_vae(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Where the VAE is, in `folder/vae` or in the folder itself, and its configuration; ValueError when there is none."""
+    folder = Path(folder)
     found = next((path for path in (folder / "vae", folder) if (path / "config.json").is_file()), None)
     if found is None:
         raise ValueError(
@@ -108,7 +110,7 @@ def _find(folder: Path) -> Path:
         raise ValueError(f"VAE folder {found} holds {kind}: must be an AutoencoderKLWan, as Wan2.1's and Cosmos-Predict2's are")
     if patch is not None:
         raise ValueError(f"VAE folder {found}: patch_size={patch} is Wan2.2's, which is not supported")
-    return found
+    return found, config
 
 
 def _load(folder: Path, dtype: torch.dtype):

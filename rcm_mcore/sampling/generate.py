@@ -1,0 +1,104 @@
+"""From prompts to files: samples on the mesh, and beside them the decoding and writing of those that are done."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rcm_mcore.data import media
+from rcm_mcore.data.vae import VideoVAE, find_vae
+from rcm_mcore.sampling.background import Background
+from rcm_mcore.sampling.folder import Output, SampleFolder
+from rcm_mcore.sampling.request import Draw, SampleRequest, check, draws_of
+from rcm_mcore.sampling.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+def check_output(request: SampleRequest, output: Output, world_size: int) -> None:
+    """ValueError naming what is wrong with a request or what it should be written as, before anything is loaded."""
+    model = check(request, world_size)
+    draws_of(request)
+    if output.codec is not None and output.vae is not None:
+        raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
+    if not output.fps > 0:
+        raise ValueError(f"--fps {output.fps}: must be positive")
+    if output.vae is not None:
+        _, config = find_vae(output.vae)
+        channels = config.get("z_dim", 16)
+        if channels != model.in_channels:
+            raise ValueError(
+                f"--vae {output.vae}: its latents have {channels} channels, those of the network {model.in_channels}"
+            )
+
+
+def generate(request: SampleRequest, output: Output) -> None:
+    """Collective: sample a whole request into `output.folder`; what is there of the same request is kept (`SampleFolder`).
+
+    The ranks that work on one sample leave its decoding to one of them, in a thread with a CUDA stream of its own, while they
+    all sample the next. Raises ValueError as `check_output`, and what decoding or writing raised.
+    """
+    check_output(request, output, int(os.environ.get("WORLD_SIZE", "1")))
+    folder = SampleFolder(request, output)
+    if folder.is_complete:
+        log.info("%s: all %d samples are there", folder.path, len(folder.draws))
+        return
+    with Sampler(request) as sampler:
+        mesh = sampler.mesh
+        plan: list[Any] = [None]
+        if mesh.is_main:
+            folder.begin(sampler)
+            plan = [folder.missing()]
+        dist.broadcast_object_list(plan)  # file systems may show a rank less than another
+        unsampled, undecoded = plan[0]
+        finisher = Finisher(folder, output, mesh.device) if mesh.reads else None
+        with Background(finisher) if finisher is not None else contextlib.nullcontext() as background:
+            if background is not None:
+                for draw in undecoded[mesh.dp_rank :: mesh.dp_size]:
+                    background.put(draw, None)
+            for batch, latents in sampler.run(unsampled, batch_size=request.batch_size):
+                if background is not None:
+                    for draw, row in zip(batch, latents):
+                        background.put(draw, row)
+        seconds: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seconds, sampler.seconds)  # a barrier as well: everything is written
+        if mesh.is_main:
+            folder.finish(sampler, seconds=max(seconds), sampled=len(unsampled))
+        dist.barrier()
+
+
+class Finisher:
+    """What happens to the latents of a sample: kept, decoded, written. Called in one thread."""
+
+    def __init__(self, folder: SampleFolder, output: Output, device: torch.device) -> None:
+        """Loads the VAE, if there is one."""
+        self._folder, self._fps, self._device = folder, output.fps, device
+        self._vae = None
+        if output.vae is not None:
+            self._vae = VideoVAE(output.vae, device=device, dtype=getattr(torch, output.vae_dtype), tiled=output.tiled)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # the weights may still be on their way
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __call__(self, draw: Draw, latents: Tensor | None) -> None:
+        """`latents` [C, F, H, W] on the CPU; none where they were kept before."""
+        if latents is None:
+            latents = self._folder.load_part(draw)
+        else:
+            self._folder.save_part(draw, latents)
+        if self._vae is not None:
+            media.write_media(self._folder.file(draw), self._decode(self._vae, latents), fps=self._fps)
+
+    def _decode(self, vae: VideoVAE, latents: Tensor) -> Any:
+        """Pixels [F, H, W, 3], an array."""
+        with contextlib.ExitStack() as stack:
+            if self._stream is not None:  # the current device is that of a thread
+                stack.enter_context(torch.cuda.device(self._device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            return media.to_pixels(vae.decode(latents[None])[0]).cpu().numpy()

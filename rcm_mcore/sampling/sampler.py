@@ -1,0 +1,187 @@
+"""A network on its mesh, sampled again and again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from rcm_mcore.checkpoint import load_network
+from rcm_mcore.config import resolve_mesh
+from rcm_mcore.data import load_embedding, pad_text, text
+from rcm_mcore.diffusion.samplers import TensorVelocity, sample_few_step, sample_ode
+from rcm_mcore.diffusion.trigflow import Velocity
+from rcm_mcore.distill.roles import Network, guided
+from rcm_mcore.models.wan import build_wan
+from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
+from rcm_mcore.parallel.random import noise
+from rcm_mcore.parallel.stages import as_function
+from rcm_mcore.sampling.request import Draw, SamplerConfig, SampleRequest, check, draws_of, time_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult:
+    """What was made, the same on every rank."""
+
+    latents: Tensor  # [n, C, F, H, W] float32, in the order of the samples
+    evaluations: int  # forwards of one sample, a guided pair counting two
+    seconds: float  # of the sampling loop alone, on the slowest rank
+
+
+class Sampler:
+    """A network of a checkpoint on a mesh, with its text encoder; closed by `close` or as a context manager.
+
+        with Sampler(config) as sampler:  # collective: every rank of the default group
+            rows = sampler.encode(prompts_of_this_group)
+            latents = sampler.latents(indices_of_this_group, rows)
+
+    The ranks that work on the same samples (tensor-, context- and pipeline-parallel ones) make the same calls and all get the
+    result; data-parallel groups are independent of each other, and `sampler.mesh` says which this is (`dp_rank` of
+    `dp_size`) and whether this rank is the one of its group that should write (`reads`).
+    """
+
+    def __init__(self, config: SamplerConfig) -> None:
+        """Collective: checks, makes the mesh, loads the network. Raises ValueError as `check`, and for unusable files."""
+        self.config = config
+        self.model = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        resolved, self.context_parallelism = resolve_mesh(self.model, config.mesh, ranks_per_node=local)
+        self.mesh = make_mesh(resolved)
+        self.seconds = 0.0  # in the samplers, the first forward apart
+        self._encoder: text.TextEncoder | None = None
+        self._is_warm = False
+        self._network: Network | None = None
+        try:
+            net = build_wan(self.model, resolved, self.mesh.groups, seed=None, trainable=False)
+            load_network(net, config.checkpoint, which=config.which, dp_cp_group=self.mesh.groups.dp_cp)
+            self._network = as_function(net, self.mesh)
+            self._negative = self._load_negative()
+        except BaseException:
+            destroy_mesh()
+            raise
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget network and mesh; the default process group stays."""
+        self.free_text_encoder()
+        self._network = None
+        destroy_mesh()
+
+    def _load_negative(self) -> Tensor:
+        """Text of the unconditional branch [1, X, text_dim]."""
+        length, width = self.model.text_len, self.model.text_dim
+        if self.config.negative_embedding is not None:
+            return load_embedding(self.config.negative_embedding, text_len=length, text_dim=width)[None]
+        if self.config.negative_prompt is not None:
+            return pad_text(self.encode([self.config.negative_prompt])[0], length)[None]
+        return torch.zeros(1, length, width)
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text rows [n_i, text_dim] of the prompts, float32 on the CPU; every one is encoded once.
+
+        The encoder is loaded by the first call, on this rank's device and in the network's dtype (float32 for a wider one), and
+        stays until `free_text_encoder`.
+        """
+        if self._encoder is None:
+            dtype = min(getattr(torch, self.model.dtype), torch.float32, key=lambda d: d.itemsize)
+            self._encoder = text.TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
+        different = list(dict.fromkeys(prompts))
+        rows = dict(zip(different, self._encoder.encode(different)))
+        return [rows[prompt] for prompt in prompts]
+
+    def free_text_encoder(self) -> None:
+        """Give its memory back."""
+        if self._encoder is not None:
+            self._encoder = None
+            if self.mesh.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def latents(self, indices: Sequence[int], rows: Sequence[Tensor], *, seeds: Sequence[int] | None = None) -> Tensor:
+        """One batch of samples: latents [n, C, F, H, W], float32 on the CPU.
+
+        Collective over the ranks that work on the same samples.
+
+        Args:
+            indices: of the samples. The noise of one depends on its seed and its index alone, not on the batch or the mesh.
+            rows: of text, [n_i, text_dim] each.
+            seeds: one for each sample; that of the configuration if left out.
+        """
+        velocity = self._velocity(rows)
+        noises = self._noises(indices, [self.config.seed] * len(indices) if seeds is None else seeds)
+        if not self._is_warm:  # the first call pays for allocations and compilation
+            velocity(noises[0], noises[0].new_full((len(indices),), 0.9))
+            self._is_warm = True
+        self._synchronize()
+        start = time.perf_counter()
+        latents = self._integrate(velocity, noises).float().cpu()
+        self.seconds += time.perf_counter() - start
+        return latents
+
+    def run(self, draws: Sequence[Draw], *, batch_size: int) -> Iterator[tuple[list[Draw], Tensor]]:
+        """This data-parallel group's share of the samples, in batches, with their latents [n, C, F, H, W]. Shows progress."""
+        mine = list(draws[self.mesh.dp_rank :: self.mesh.dp_size])
+        rows = self.encode([draw.prompt for draw in mine]) if mine else []
+        self.free_text_encoder()
+        bar = tqdm(total=len(draws), unit="video", disable=not self.mesh.is_main, dynamic_ncols=True)
+        with bar:
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size]
+                indices, seeds = [draw.index for draw in batch], [draw.seed for draw in batch]
+                yield batch, self.latents(indices, rows[start : start + batch_size], seeds=seeds)
+                bar.update(min(len(batch) * self.mesh.dp_size, len(draws) - bar.n))
+
+    def _velocity(self, rows: Sequence[Tensor]) -> Velocity:
+        """The network on this text: the only place where text reaches it."""
+        padded = torch.stack([pad_text(r, self.model.text_len) for r in rows]).to(self.mesh.device)
+        assert self._network is not None, "the sampler is closed"
+        return guided(self._network, padded, self._negative.to(padded), self.config.guidance)
+
+    def _noises(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Tensor]:
+        """The start noise, and for the few-step sampler the fresh noise of each later step."""
+        count = self.config.steps if self.config.sampler == "few_step" else 1
+        shape = self.config.latent_shape
+        draw = lambda k: [noise(f"sample-{k}", shape, seed=s, step=0, slots=[i]) for i, s in zip(indices, seeds, strict=True)]
+        return [torch.cat(draw(k)).to(self.mesh.device) for k in range(count)]
+
+    def _integrate(self, velocity: TensorVelocity, noises: list[Tensor]) -> Tensor:
+        config = self.config
+        if config.sampler == "few_step":
+            times = time_steps(config)
+            assert times is not None, "few_step has times"
+            return sample_few_step(velocity, noises, times)
+        *_, x = sample_ode(velocity, noises[0], steps=config.steps, shift=config.shift, solver=config.sampler)
+        return x
+
+    def _synchronize(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def sample(request: SampleRequest) -> SampleResult:
+    """Collective: sample a whole request, dealt to the data-parallel ranks, and gather the latents."""
+    draws = draws_of(request)
+    latents = torch.zeros(len(draws), *request.latent_shape)
+    with Sampler(request) as sampler:
+        mine: list[int] = []
+        for batch, made in sampler.run(draws, batch_size=request.batch_size):
+            where = [draw.number for draw in batch]
+            latents[where] = made
+            mine += where
+        parts: list[Any] = [None] * sampler.mesh.dp_size
+        dist.all_gather_object(parts, (mine, latents[mine], sampler.seconds), group=sampler.mesh.dp_group)
+    for where, made, _ in parts:
+        latents[where] = made
+    return SampleResult(latents=latents, evaluations=request.evaluations, seconds=max(seconds for *_, seconds in parts))
