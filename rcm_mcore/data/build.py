@@ -15,17 +15,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
 from rcm_mcore.data.shards import Sample, ShardWriter
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "dataset.json"
+NEGATIVE_EMBEDDING = "negative_embedding.safetensors"
 _ARGUMENTS = "arguments.json"
 _PROGRESS = "progress"
 
@@ -109,10 +119,6 @@ class ShardFolder:
         """The items of a block."""
         return range(block * self._per_shard, min((block + 1) * self._per_shard, self._items))
 
-    def block_of(self, item: int) -> int:
-        """The block of an item."""
-        return item // self._per_shard
-
     def write(self, block: int, outcomes: Iterable[Outcome]) -> None:
         """Writes the shards of a block and, when they have their names, the record of it.
 
@@ -144,6 +150,34 @@ class ShardFolder:
             for writer in writers.values()
         }
         write_json(self._record(block), {"shards": dict(sorted(shards.items())), "skipped": skipped})
+
+    def write_all(self, outcomes: Iterable[Outcome], *, items: int, label: str, show: bool) -> None:
+        """Writes the blocks of these outcomes, of which there are `items`, whole blocks in order; logs what is skipped.
+
+        Args:
+            label: who this is, for the log.
+            show: whether to show a progress bar.
+        """
+        start = time.perf_counter()
+        skipped = 0
+
+        def counted(bar: tqdm) -> Iterator[Outcome]:
+            nonlocal skipped
+            for outcome in outcomes:
+                if outcome.sample is None:
+                    skipped += 1
+                    logger.warning("%s skipped: %s", outcome.name, outcome.reason)
+                    bar.set_postfix(skipped=skipped)
+                bar.update()
+                yield outcome
+
+        with tqdm(total=items, desc=label, unit="video", disable=not show, dynamic_ncols=True) as bar:
+            for block, group in groupby(counted(bar), key=lambda outcome: outcome.index // self._per_shard):
+                self.write(block, group)
+        seconds = time.perf_counter() - start
+        rate = items / seconds if items else 0.0
+        report = "%s: %d videos written, %d skipped in %.1f s, %.3g videos/s"
+        logger.info(report, label, items - skipped, skipped, seconds, rate)
 
     def finish(self, *, versions: Mapping[str, str]) -> dict[str, Any] | None:
         """Writes and returns the manifest if every block and file is there; otherwise None. Any rank may call it.
@@ -188,6 +222,12 @@ class ShardFolder:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return record if whole else None
+
+
+def write_embedding(path: Path, embed: Tensor) -> None:
+    """Writes the text rows of a negative prompt for `load_embedding`."""
+    with replacing(path) as temporary:
+        save_file({"embed": embed.contiguous()}, temporary)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,16 +12,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from rcm_mcore.data.build import Outcome, ShardFolder, replacing
+from rcm_mcore.data.build import NEGATIVE_EMBEDDING, Outcome, ShardFolder, write_embedding
 from rcm_mcore.data.image import ImageEncoder, given_frames, given_video
 from rcm_mcore.data.media_input import BadInput, MediaInput, Size, list_inputs, read_media
 from rcm_mcore.data.shards import BadSample, Sample, as_float32
@@ -33,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NEGATIVE_EMBEDDING = "negative_embedding.safetensors"
 _PACKAGES = ("torch", "diffusers", "transformers", "av", "pillow", "ftfy")
 
 T = TypeVar("T")
@@ -183,45 +178,19 @@ def encode_dataset(
         logger.info("%s is complete: nothing to do", request.out)
         return manifest
     blocks = folder.pending(rank, world_size)
+    items = [item for block in blocks for item in folder.items_of(block)]
     missing_files = [name for name in files if not (request.out / name).is_file()] if rank == 0 else []
     if blocks or missing_files:
         encoder = MediaEncoder(request, device=device)
         folder.begin()
         for name in missing_files:
-            _write_negative(request.out / name, encoder)
-        _encode_blocks(folder, blocks, inputs, encoder, rank=rank, world_size=world_size)
+            assert request.negative_prompt is not None
+            (embed,) = encoder.text.encode([request.negative_prompt])
+            write_embedding(request.out / name, embed.to(request.store_dtype))
+        folder.write_all(
+            _outcomes(items, inputs, encoder), items=len(items), label=f"rank {rank} of {world_size}", show=rank == 0
+        )
     return folder.finish(versions={package: version(package) for package in _PACKAGES})
-
-
-def _encode_blocks(
-    folder: ShardFolder, blocks: list[int], inputs: Sequence[MediaInput], encoder: MediaEncoder, *, rank: int, world_size: int
-) -> None:
-    items = [item for block in blocks for item in folder.items_of(block)]
-    done = len(range(rank, len(folder.blocks), world_size)) - len(blocks)
-    logger.info("rank %d of %d: %d inputs, %d blocks were finished before", rank, world_size, len(items), done)
-    start = time.perf_counter()
-    skipped = 0
-
-    def counted(outcomes: Iterable[Outcome], bar: tqdm) -> Iterator[Outcome]:
-        nonlocal skipped
-        for outcome in outcomes:
-            if outcome.sample is None:
-                skipped += 1
-                logger.warning("%s skipped: %s", outcome.name, outcome.reason)
-                bar.set_postfix(skipped=skipped)
-            bar.update()
-            yield outcome
-
-    with tqdm(total=len(items), desc=f"rank {rank} of {world_size}", unit="input", disable=rank > 0, dynamic_ncols=True) as bar:
-        outcomes = counted(_outcomes(items, inputs, encoder), bar)
-        for block, group in groupby(outcomes, key=lambda outcome: folder.block_of(outcome.index)):
-            folder.write(block, group)
-    seconds = time.perf_counter() - start
-    rate = len(items) / seconds if seconds else 0.0
-    logger.info(
-        "rank %d of %d: %d samples, %d skipped in %.1f s, %.2f inputs/s on this rank",
-        rank, world_size, len(items) - skipped, skipped, seconds, rate,
-    )  # fmt: skip
 
 
 def _outcomes(items: Sequence[int], inputs: Sequence[MediaInput], encoder: MediaEncoder) -> Iterator[Outcome]:
@@ -267,11 +236,3 @@ def _ahead(
             yield waiting.popleft()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _write_negative(path: Path, encoder: MediaEncoder) -> None:
-    prompt = encoder.request.negative_prompt
-    assert prompt is not None
-    (embed,) = encoder.text.encode([prompt])
-    with replacing(path) as temporary:
-        save_file({"embed": embed.to(encoder.request.store_dtype)}, temporary)
