@@ -427,7 +427,7 @@ DATA = _mutations(
     ('f"shard_{block:06d}.tar"', 'f"shard_{len(list(self.root.rglob(\'*.tar\'))):06d}.tar"',
      "test_any_number_of_ranks_writes_the_same"),
     ("return record if whole else None", "return record",
-     "test_a_complete_folder_is_left_alone_and_a_lost_shard_is_written_anew"),
+     "test_a_complete_folder_is_left_alone_and_a_lost_or_cut_shard_is_written_anew"),
     ("if missing or any(record is None for record in records):", "if missing:", "test_any_number_of_ranks_writes_the_same"),
 ) + _mutations(
     "rcm_mcore/data/image.py",

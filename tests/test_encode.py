@@ -204,21 +204,22 @@ def test_killed_and_continued_is_undisturbed(undisturbed, components, inputs, tm
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items()), "complete shards are left alone"
 
 
-def test_a_complete_folder_is_left_alone_and_a_lost_shard_is_written_anew(components, inputs, undisturbed, tmp_path):
+def test_a_complete_folder_is_left_alone_and_a_lost_or_cut_shard_is_written_anew(components, inputs, undisturbed, tmp_path):
     out = tmp_path / "out"
     request = make_request(components, inputs, out)
     encode_dataset(request, device="cpu")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     encode_dataset(make_request(components, inputs, out, decode_workers=3), device="cpu")  # does not change what is written
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
-    lost = out / "32x48" / "shard_000001.tar"
-    lost.unlink()
+    (out / "32x48" / "shard_000001.tar").unlink()
+    cut = out / "48x32" / "shard_000000.tar"
+    cut.write_bytes(cut.read_bytes()[:-512])
     (out / "dataset.json").unlink()
     encode_dataset(request, device="cpu")
     assert contents(out) == contents(undisturbed[0])
     rewritten = {path for path, time_ns in before.items() if path.stat().st_mtime_ns != time_ns}
-    block = {out / "dataset.json", out / "progress" / "block_000001.json"} | set(out.rglob("shard_000001.tar"))
-    assert rewritten <= block
+    blocks = {path for number in (0, 1) for path in out.rglob(f"*_{number:06d}.*")}
+    assert rewritten <= {out / "dataset.json"} | blocks
 
 
 def test_an_error_leaves_no_shard_under_its_name(components, inputs, tmp_path, monkeypatch):

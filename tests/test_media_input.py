@@ -127,9 +127,9 @@ def test_folders_and_tables_are_listed(tmp_path):
     (tmp_path / "a.txt").write_text("")
     listed = [(entry.name, entry.caption) for entry in list_inputs(tmp_path)]
     assert listed == [("a.jpg", ""), ("b/a.png", None), ("c.MP4", "a caption\n")]
-    (tmp_path / "t.csv").write_text('﻿caption,path,more\n"one, two",b/a.png,1\n,c.MP4,2\n', encoding="utf-8")
+    (tmp_path / "t.csv").write_text('﻿caption,path,more\n"one, two",b/a.png,1\n,c.MP4,2\nno path\n', encoding="utf-8")
     table = list_inputs(tmp_path / "t.csv")
-    assert [(entry.name, entry.caption) for entry in table] == [("b/a.png", "one, two"), ("c.MP4", "")]
+    assert [(entry.name, entry.caption) for entry in table] == [("b/a.png", "one, two"), ("c.MP4", ""), ("row 3", "no path")]
     assert table[0].path == tmp_path / "b" / "a.png"
 
 
@@ -137,11 +137,13 @@ def test_sources_that_cannot_be_used(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "columns.csv").write_text("file,caption\na,b\n")
     (tmp_path / "rows.csv").write_text("path,caption\n")
+    (tmp_path / "bytes.csv").write_bytes(b"path,caption\na.mp4,\xff\xfe\n")
     refused = {
         "none": "must be a folder of videos and images, or a .csv file",
         "empty": "there is nothing to encode in it",
         "columns.csv": r"path is missing \(found file, caption\)",
         "rows.csv": "there is nothing to encode",
+        "bytes.csv": "is no table in UTF-8",
     }
     for name, message in refused.items():
         with pytest.raises(ValueError, match=message):

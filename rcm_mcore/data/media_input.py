@@ -48,7 +48,10 @@ def list_inputs(source: str | os.PathLike[str]) -> list[MediaInput]:
     if source.is_dir():
         inputs = list(_list_folder(source))
     elif source.suffix.lower() == ".csv" and source.is_file():
-        inputs = list(_list_table(source))
+        try:
+            inputs = list(_list_table(source))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"input {source}: is no table in UTF-8: {error}") from None
     else:
         raise ValueError(f"input {source}: must be a folder of videos and images, or a .csv file with columns path, caption")
     if not inputs:
@@ -72,8 +75,9 @@ def _list_table(table: Path) -> Iterator[MediaInput]:
         if missing:
             found = ", ".join(rows.fieldnames or ()) or "none"
             raise ValueError(f"input {table}: the columns path and caption are needed, {missing[0]} is missing (found {found})")
-        for row in rows:
-            yield MediaInput(row["path"] or "", table.parent / (row["path"] or ""), row["caption"])
+        for number, row in enumerate(rows, 1):
+            name = row["path"] or ""
+            yield MediaInput(name or f"row {number}", table.parent / name, row["caption"] or "")
 
 
 def parse_size(text: str) -> Size:
