@@ -275,14 +275,25 @@ def _positive_fraction(text: str) -> Fraction:
     return value
 
 
+def _quiet() -> None:
+    """Leaves the terminal to our own progress."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("megatron", "diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: 0, or 2 for what cannot work or be written."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if arguments.dataset == "encode":
+            _quiet()
             encode(arguments)
         elif arguments.dataset == "synthesize":
+            _quiet()
             synthesize(arguments)
         else:
             prepare_digits(arguments.out_dir.resolve(), samples_per_shard=arguments.samples_per_shard, seed=arguments.seed)
