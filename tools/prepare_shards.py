@@ -67,12 +67,12 @@ def _add_encode(commands) -> None:
     add("--long-captions", choices=("skip", "cut"), default="skip", help="captions of more than 512 tokens; default skip")
     add("--samples-per-shard", type=_at_least(1), default=64, metavar="N", help="default %(default)s")
     add("--dtype", choices=_DTYPES, default="bfloat16", help="of the tensors in the shards; default %(default)s")
-    add("--vae-dtype", choices=_DTYPES, default="float32", help="of its weights; default %(default)s")
+    add("--vae-dtype", choices=_DTYPES, default="float32", help="of the weights of VAE and image encoder; default %(default)s")
     add(
         "--text-dtype",
         choices=_DTYPES,
         default="bfloat16",
-        help="of the weights of text and image encoder; default %(default)s",
+        help="of the weights of the text encoder; default %(default)s",
     )
     add("--decode-workers", type=_at_least(1), default=2, metavar="N", help="threads that decode ahead; default %(default)s")
 

@@ -49,7 +49,7 @@ class EncodeRequest:
         negative_prompt: its embedding is written beside the shards; None: none is.
         long_captions: skip captions of more than 512 tokens, or cut them, as Wan's and Cosmos's samplers do silently.
         store_dtype: of the tensors in the shards.
-        vae_dtype, text_dtype: of the encoders' weights; the image encoder has that of the text encoder.
+        vae_dtype, text_dtype: of the encoders' weights; the image encoder has that of the VAE.
         decode_workers: threads that decode ahead of the encoders; each holds one video.
     """
 
@@ -118,7 +118,7 @@ class MediaEncoder:
         self.vae = VideoVAE(request.vae, device=device, dtype=request.vae_dtype)
         self.image = None
         if request.image_encoder is not None:
-            self.image = ImageEncoder(request.image_encoder, device=device, dtype=request.text_dtype)
+            self.image = ImageEncoder(request.image_encoder, device=device, dtype=request.vae_dtype)
 
     def check_caption(self, entry: MediaInput) -> None:
         """Raises: BadInput for a caption that is missing, empty, or too long."""
