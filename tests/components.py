@@ -7,7 +7,7 @@ from tiny import MODEL
 from rcm_mcore.checkpoint import write_network
 from rcm_mcore.config import parse_model
 from rcm_mcore.data.text import build_text_encoder, train_tokenizer
-from rcm_mcore.models.wan import build_wan
+from rcm_mcore.models import build_model
 
 VIDEO_MODEL = MODEL | {"in_channels": 16, "text_dim": 16, "text_len": 24}
 PROMPTS = ("a red fox", "a blue whale, at night", "a green bird")
@@ -33,7 +33,7 @@ def tiny_pipeline(folder):
 
 def tiny_checkpoint(folder, mesh, seed=0):
     """Writes a network whose latents are those of the VAE, with weights large enough that text and noise matter."""
-    net = build_wan(parse_model(VIDEO_MODEL), mesh.config, mesh.groups, seed=seed)
+    net = build_model(parse_model(VIDEO_MODEL), mesh.config, mesh.groups, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, entry in net.sharded_state_dict(prefix="", metadata={"dp_cp_group": mesh.groups.dp_cp}).items():

@@ -193,8 +193,8 @@ STEPS = _mutations(
     ("good = _agree(finite_samples(primal(out)), roles)", "good = finite_samples(primal(out))",
      "test_ranks_of_a_model_agree_on_what_they_leave_out"),
     ("draws.eps_d[rows], t)", "draws.eps_d[: len(rows)], t)", "test_distillation_step_with_bad_samples_of_both_kinds"),
-    ("denoised(x_t, t, trig_velocity(conditioned(roles.fake_score, text), x_t, t))",
-     "trig_velocity(conditioned(roles.fake_score, text), x_t, t)", "test_distillation_step"),
+    ("denoised(x_t, t, trig_velocity(conditioned(roles.fake_score, condition), x_t, t))",
+     "trig_velocity(conditioned(roles.fake_score, condition), x_t, t)", "test_distillation_step"),
     ("distill.dmd_weight * loss / count", "distill.dmd_weight * loss", "test_distillation_step"),
     ("    loss = torch.where(usable[rows], losses, 0.0).sum()\n    return loss / len(t), metrics | {\"loss_critic\"",
      "    loss = losses.sum()\n    return loss / len(t), metrics | {\"loss_critic\"", "test_critic_step_without_a_bad_sample"),
@@ -206,7 +206,7 @@ STEPS = _mutations(
     ("generated = torch.where(over_sample(usable), generated, 0.0)", "pass", "test_critic_step_without_a_bad_sample"),
     ("    with torch.no_grad():\n        generated = rollout", "    with torch.enable_grad():\n        generated = rollout",
      "test_critic_step"),
-    ("roles.negative, batch.text)\n    # Without", "batch.text, batch.text)\n    # Without", "test_pretrain_step"),
+    ("roles.negative, condition.text))", "condition.text, condition.text))", "test_pretrain_step"),
     ("(eps - latents)[rows]", "(latents - eps)[rows]", "test_pretrain_step"),
     ("/ eps[0].numel()", "/ eps.numel()", "test_pretrain_step"),
 ) + _mutations(
@@ -235,17 +235,36 @@ OPTIM = _mutations(
 
 WAN = _mutations(
     "rcm_mcore/models/wan/model.py",
-    "tests/test_wan.py",
+    "tests/test_networks.py",
     ("if self.model.bf16_time:", "if True:", "test_output_equals_diffusers"),
     ("TIME_SCALE * s", "TIME_SCALE * s.detach()", "test_tangent_equals_jvp_of_diffusers"),
+    ("mask[:, -1, -1] = 1", "mask[:, 0, -1] = 1", "test_output_equals_diffusers[wan-first_last]"),
+    ("torch.cat([x, mask, condition.latents.to(x.dtype)], 1)", "torch.cat([x, condition.latents.to(x.dtype), mask], 1)",
+     "test_output_equals_diffusers[wan-image]"),
+    ("IMAGE_EPS = 1e-5", "IMAGE_EPS = 1e-6", "test_output_equals_diffusers[wan-image]"),
+) + _mutations(
+    "rcm_mcore/models/common/blocks.py",
+    "tests/test_networks.py",
+    ("None if image is None else image.grad", "None", "test_gradients_equal_diffusers[wan-image-full]"),
+) + _mutations(
+    "rcm_mcore/models/cosmos/block.py",
+    "tests/test_networks.py",
+    ("torch.where(given, x[1], x[0])", "torch.where(given, x[0], x[1])", "test_output_equals_diffusers[cosmos-frames]"),
+) + _mutations(
+    "rcm_mcore/models/cosmos/model.py",
+    "tests/test_networks.py",
+    ("given.to(x.dtype).expand_as(padding), padding]", "padding, padding]", "test_output_equals_diffusers[cosmos-frames]"),
+    ("x = torch.where(given, condition.latents.to(x.dtype), x)", "pass",
+     "test_output_equals_diffusers[cosmos-frames]"),
 ) + _mutations(
     "rcm_mcore/models/common/dit.py",
-    "tests/test_wan.py",
+    "tests/test_networks.py",
     ("zip(positions, widths, bases)", "zip((positions[0], positions[2], positions[1]), widths, bases)",
      "test_output_equals_diffusers"),
+    ("torch.where(frames_given(condition, x), exact.to(v.dtype), v)", "v", "test_given_frames_are_denoised_to_themselves"),
 ) + _mutations(
     "rcm_mcore/models/common/layers.py",
-    "tests/test_wan.py",
+    "tests/test_networks.py",
     (  # the bias is added to the tangent rows as well
         "rowwise(ew.add, apply(self.linear_qkv, u), self.linear_qkv.bias)",
         "dual.linear(lambda z: ew.add(z, self.linear_qkv.bias), apply(self.linear_qkv, u))",
@@ -261,7 +280,7 @@ WAN = _mutations(
     ),
 ) + _mutations(
     "kernels/rcm_kernels/blockwise.py",
-    "tests/test_wan.py",
+    "tests/test_networks.py",
     (  # lse_dot * out is not taken off out_dot
         ".addcmul_(A, rest, value=-1)",
         ".addcmul_(A, self.c.view(lse.shape))",
@@ -290,6 +309,8 @@ PARALLEL = _mutations(
     "rcm_mcore/models/wan/model.py",
     "tests/test_parallel.py",
     ("param.sequence_parallel = False  #", "param.sequence_parallel = True  #", "test_equals_one_rank[2-wan tp2-sp 72 none]"),
+    ("            whole += self.img_emb.parameters()\n", "",
+     "test_equals_one_rank[2-wan-first_last tp2-sp 45 one_pass]"),
 )  # fmt: skip
 
 KERNELS = _mutations(
@@ -368,6 +389,9 @@ RING = _mutations(
     "tests/test_parallel.py",
     (".chunk(self.cp_group.size())[self.cp_group.rank()]", ".chunk(self.cp_group.size())[0]",
      "test_equals_one_rank[2-wan cp2-ring 72 none]"),
+    ("given = self._scatter((frame[:, None] < condition.frames)[..., None])",
+     "given = (frame[:, None] < condition.frames)[..., None][: self.hidden_shape(x)[0]]",
+     "test_equals_one_rank[2-cosmos-frames cp2-ring 45 one_pass]"),
     ("self._gather(rows)[:tokens]", "self._gather(rows).roll(1, 0)[:tokens]", "test_equals_one_rank[2-wan cp2-ring 45 none]"),
 ) + _mutations(
     "rcm_mcore/parallel/ring.py",
@@ -514,6 +538,43 @@ VAE = _mutations(
     ("    if wrong:\n", "    if False:\n", "test_folders_that_cannot_be_used"),
 )
 
+SAMPLE = (
+    _mutations(
+        "rcm_mcore/sampling/sampler.py",
+        "tests/test_sample.py",
+        ("seed=s, step=0, slots=[i])", "seed=s, step=0, slots=[0])", "test_one_sample_again_from_its_record"),
+        ("seed=s, step=0, slots=[i])", "seed=0, step=0, slots=[i])", "test_samples_of_several_seeds"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/folder.py",
+        "tests/test_sample.py",
+        ("if sections[name].get(field) != value:", "if False:", "test_another_request_is_refused"),
+        ("not self._part(d).is_file()]", "True]", "test_a_killed_run_leaves_complete_files_and_goes_on"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/generate.py",
+        "tests/test_sample.py",
+        ("background.put(draw, row)", "finisher(draw, row)", "test_decoding_goes_on_beside_the_next_batch"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/background.py",
+        "tests/test_sample.py",
+        (">= self._ahead", ">= 99", "test_background_is_bounded_and_raises"),
+        ("while self._pending and error is None:", "while False:", "test_background_is_bounded_and_raises"),
+    )
+    + _mutations(
+        "rcm_mcore/data/media.py",
+        "tests/test_media.py",
+        ("dst_colorspace=_BT709, ", "", "test_an_mp4_decodes_to_the_video"),
+        ("        partial.unlink(missing_ok=True)\n", "", "test_a_write_that_fails_leaves_nothing"),
+    )
+    + _mutations(
+        "tools/benchmark_sample.py",
+        "tests/test_benchmark_sample.py",
+        ("2 * tokens**2 * width", "tokens**2 * width", "test_flops_are_those_that_torch_counts_in_diffusers_network"),
+    )
+)
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,
@@ -534,4 +595,5 @@ MUTATIONS = [
     *PARALLEL,
     *TRAINING,
     *VAE,
+    *SAMPLE,
 ]

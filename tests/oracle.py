@@ -1,16 +1,18 @@
-"""diffusers' Wan in float64: the network that ours is measured against, written by others.
+"""diffusers' networks in float64: what ours are measured against, written by others.
 
 `islands_in_fp64`, `Sinusoid`: diffusers computes parts in float32 whatever the model's dtype; these keep them in float64.
 """
 
 import contextlib
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import ModelConfig
 
 
@@ -45,6 +47,76 @@ def small_model(**changes):
     return ModelConfig(**{**fields, **changes})
 
 
+def small_cosmos(**changes):
+    """A Cosmos network like `small_model`."""
+    fields = dict(
+        family="cosmos", size="tiny", num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=96, in_channels=4,
+        text_dim=24, text_len=10, adaln_rank=16, rope_ratios=(1.0, 4.0, 4.0), dtype="float64", recompute="none",
+    )  # fmt: skip
+    return ModelConfig(**{**fields, **changes})
+
+
+# diffusers takes all but the last 512 rows of a Wan context for image rows.
+_OF_IMAGES = dict(text_len=512, image_dim=20, image_len=6)
+VARIANTS = {
+    "wan": small_model,
+    "wan-image": partial(small_model, condition="image", **_OF_IMAGES),
+    "wan-first_last": partial(small_model, condition="first_last", **_OF_IMAGES),
+    "cosmos": small_cosmos,
+    "cosmos-frames": partial(small_cosmos, condition="frames", rope_ratios=(20 / 24, 2.0, 3.0)),
+}
+
+
+def diffusers_network(model: ModelConfig, seed: int = 0):
+    """diffusers' transformer like `model` with random weights; build and use it in `exact_diffusers`."""
+    return (diffusers_wan if model.family == "wan" else diffusers_cosmos)(model, seed)
+
+
+def exact_diffusers():
+    """Where diffusers' networks of both families compute in float64."""
+    return cosmos_in_fp64()
+
+
+def run_diffusers(net, x, s, condition):
+    """Velocity [B, C, F, H, W] of diffusers' network at rectified-flow time s, from inputs put together as its pipelines do."""
+    if type(net).__name__ == "WanTransformer3DModel":
+        if condition.latents is not None:
+            x = torch.cat([x, _pixel_mask(x, both_ends=net.config.pos_embed_seq_len is not None), condition.latents], 1)
+        image = condition.image
+        if net.config.pos_embed_seq_len is not None:  # the two images of a sample one after the other
+            image = image.unflatten(1, (2, -1)).flatten(0, 1)
+        return net(x, 1000 * s, condition.text, encoder_hidden_states_image=image, return_dict=False)[0]
+    padding = torch.zeros(1, 1, *(8 * n for n in x.shape[3:]), dtype=x.dtype)
+    if condition.latents is None:
+        return net(x, s, condition.text, padding_mask=padding, return_dict=False)[0]
+    given = torch.zeros(len(x), 1, x.shape[2], 1, 1, dtype=x.dtype)
+    for row, count in zip(given, condition.frames):
+        row[:, :count] = 1
+    time = given * (1e-4 / (1 + 1e-4)) + (1 - given) * s.view(-1, 1, 1, 1, 1)
+    mask = given.expand(-1, -1, -1, *x.shape[3:])
+    seen = given * condition.latents + (1 - given) * x
+    v = net(seen, time, condition.text, condition_mask=mask, padding_mask=padding, return_dict=False)[0]
+    clean = x - s.view(-1, 1, 1, 1, 1) * v  # the pipeline puts the given frames into what is denoised
+    clean = given * condition.latents + (1 - given) * clean
+    return (x - clean) / s.view(-1, 1, 1, 1, 1)
+
+
+def _pixel_mask(x, *, both_ends):
+    """diffusers' WanImageToVideoPipeline: frames of video that are given, the first four times, in fours as channels."""
+    batch, _, frames, height, width = x.shape
+    mask = torch.zeros(batch, 1, 4 * (frames - 1) + 1, height, width, dtype=x.dtype)
+    mask[:, :, 0] = 1
+    if both_ends:
+        mask[:, :, -1] = 1
+    mask = torch.cat([mask[:, :, :1].repeat_interleave(4, 2), mask[:, :, 1:]], 2)
+    return mask.view(batch, -1, 4, height, width).transpose(1, 2)
+
+
+def names_of_ours(model: ModelConfig, state):
+    """diffusers' tensors under our names, written out here independently of rcm_mcore.interop."""
+    return (_wan_names if model.family == "wan" else _cosmos_names)(model, state)
+
+
 def diffusers_wan(model: ModelConfig, seed: int = 0, dtype=torch.float64):
     """diffusers' transformer of the same shape with random weights, none of them zero. Build it inside islands_in_fp64."""
     from diffusers import WanTransformer3DModel
@@ -53,9 +125,12 @@ def diffusers_wan(model: ModelConfig, seed: int = 0, dtype=torch.float64):
         patch_size=model.patch_size,
         num_attention_heads=model.num_attention_heads,
         attention_head_dim=model.head_dim,
-        in_channels=model.in_channels,
+        in_channels=model.in_channels if model.condition == "text" else 2 * model.in_channels + 4,
         out_channels=model.in_channels,
         text_dim=model.text_dim,
+        image_dim=model.image_dim if model.image_tokens else None,
+        added_kv_proj_dim=model.hidden_size if model.image_tokens else None,
+        pos_embed_seq_len=model.image_tokens if model.condition == "first_last" else None,
         freq_dim=model.freq_dim,
         ffn_dim=model.ffn_hidden_size,
         num_layers=model.num_layers,
@@ -70,8 +145,7 @@ def diffusers_wan(model: ModelConfig, seed: int = 0, dtype=torch.float64):
     return net
 
 
-def names_of_ours(model: ModelConfig, state):
-    """diffusers' tensors under our names, written out here independently of rcm_mcore.interop."""
+def _wan_names(model: ModelConfig, state):
     n, d = model.num_attention_heads, model.head_dim
 
     def fuse(*parts):
@@ -91,6 +165,12 @@ def names_of_ours(model: ModelConfig, state):
         "time_projection.1": get("condition_embedder.time_proj"),
         "head.head": get("proj_out"),
     }
+    if model.image_tokens:
+        image = "condition_embedder.image_embedder."
+        for ours, theirs in (("0", "norm1"), ("1", "ff.net.0.proj"), ("3", "ff.net.2"), ("4", "norm2")):
+            pairs["img_emb.proj." + ours] = get(image + theirs)
+        if model.condition == "first_last":
+            out["img_emb.emb_pos"] = state[image + "pos_embed"]
     for i in range(model.num_layers):
         b, a = f"blocks.{i}.", f"blocks.{i}."
         q, k, v = (get(f"{b}attn1.to_{x}") for x in "qkv")
@@ -102,6 +182,10 @@ def names_of_ours(model: ModelConfig, state):
         pairs[a + "norm3"] = get(b + "norm2")
         pairs[a + "ffn.linear_fc1"] = get(b + "ffn.net.0.proj")
         pairs[a + "ffn.linear_fc2"] = get(b + "ffn.net.2")
+        if model.image_tokens:
+            added = zip(get(b + "attn2.add_k_proj"), get(b + "attn2.add_v_proj"))
+            pairs[a + "cross_attn.linear_kv_img"] = tuple(fuse(*x) for x in added)
+            out[a + "cross_attn.norm_k_img.weight"] = state[b + "attn2.norm_added_k.weight"]
         out[a + "modulation"] = state[b + "scale_shift_table"]
         for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
             for x in "qk":
@@ -109,15 +193,6 @@ def names_of_ours(model: ModelConfig, state):
     for name, (weight, bias) in pairs.items():
         out[name + ".weight"], out[name + ".bias"] = weight, bias
     return out
-
-
-def small_cosmos(**changes):
-    """A Cosmos network like `small_model`."""
-    fields = dict(
-        family="cosmos", size="tiny", num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=96, in_channels=4,
-        text_dim=24, text_len=10, adaln_rank=16, rope_ratios=(1.0, 4.0, 4.0), dtype="float64", recompute="none",
-    )  # fmt: skip
-    return ModelConfig(**{**fields, **changes})
 
 
 class _TorchWithoutFloat32:
@@ -151,7 +226,7 @@ def diffusers_cosmos(model: ModelConfig, seed: int = 0):
     from diffusers import CosmosTransformer3DModel
 
     net = CosmosTransformer3DModel(
-        in_channels=model.in_channels,
+        in_channels=model.in_channels + (model.condition == "frames"),
         out_channels=model.in_channels,
         num_attention_heads=model.num_attention_heads,
         attention_head_dim=model.head_dim,
@@ -177,8 +252,7 @@ def diffusers_cosmos(model: ModelConfig, seed: int = 0):
     return net
 
 
-def cosmos_names_of_ours(model: ModelConfig, state):
-    """diffusers' tensors under our names."""
+def _cosmos_names(model: ModelConfig, state):
     n, d = model.num_attention_heads, model.head_dim
 
     def fuse(*names):
@@ -211,9 +285,16 @@ def cosmos_names_of_ours(model: ModelConfig, state):
 
 
 def inputs(model: ModelConfig, batch=2, grid=(3, 8, 12), seed=1, dtype=torch.float64):
-    """x, x_dot, s, s_dot, text: latents with three different axes, times that are not whole numbers."""
+    """x, x_dot, s, s_dot and a condition: latents with three different axes, times that are not whole numbers."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
     x, x_dot = (draw(batch, model.in_channels, *grid) for _ in range(2))
     s = torch.linspace(0.13, 0.91, batch, dtype=dtype)
-    return x, x_dot, s, draw(batch) * 0.1, draw(batch, model.text_len, model.text_dim)
+    s_dot, condition = draw(batch) * 0.1, Condition(draw(batch, model.text_len, model.text_dim))
+    if model.condition != "text":
+        condition = condition._replace(latents=draw(*x.shape))
+    if model.condition == "frames":
+        condition = condition._replace(frames=torch.arange(batch) % 2 + 1)
+    if model.image_tokens:
+        condition = condition._replace(image=draw(batch, model.image_tokens, model.image_dim))
+    return x, x_dot, s, s_dot, condition

@@ -16,7 +16,8 @@ TOOL = Path(__file__).parent.parent / "tools" / "benchmark_step.py"
 def config(tmp_path):
     train = {"global_batch_size": 2, "micro_batch_size": 1}
     return tiny.write_config(
-        tmp_path / "config.yaml", tiny.config("none", "", "distill", train=train, distill={"teacher": "x"})
+        tmp_path / "config.yaml",
+        tiny.config("none", "", "distill", train=train, distill={"teacher": "x"}, model=tiny.VARIANTS["first_last"]),
     )
 
 

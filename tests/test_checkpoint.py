@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 
 from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder, load_network, network, read_network, write_network
 from rcm_mcore.config import parse_config
-from rcm_mcore.models.wan import build_wan
+from rcm_mcore.models import build_model
 from rcm_mcore.training.networks import make_trained
 from rcm_mcore.training.state import RunState, write_state
 
@@ -174,7 +174,7 @@ def trained(mesh, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     networks = []
     for name, has_ema in (("student", True), ("fake_score", False)):
-        net = build_wan(CONFIG.model, CONFIG.mesh, mesh.groups)
+        net = build_model(CONFIG.model, CONFIG.mesh, mesh.groups)
         with torch.no_grad():
             for p in net.parameters():
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
@@ -193,7 +193,7 @@ def trained(mesh, tmp_path_factory):
 @pytest.fixture
 def fresh(mesh):
     """A network with weights of its own."""
-    return build_wan(CONFIG.model, CONFIG.mesh, mesh.groups, seed=9, trainable=False)
+    return build_model(CONFIG.model, CONFIG.mesh, mesh.groups, seed=9, trainable=False)
 
 
 @pytest.mark.parametrize("which", ["student", "fake_score"])
@@ -349,10 +349,10 @@ def test_the_exported_network_computes_the_same(trained, fresh, tmp_path, mesh):
     assert theirs.config.num_attention_heads == 2 and theirs.config.attention_head_dim == 24
     theirs.condition_embedder.timesteps_proj = oracle.Sinusoid(CONFIG.model.freq_dim)
     load_network(fresh, trained[0], which="ema", dp_cp_group=mesh.groups.dp_cp)
-    x, _, s, _, text = oracle.inputs(CONFIG.model, grid=(2, 4, 6), dtype=torch.float32)
+    x, _, s, _, condition = oracle.inputs(CONFIG.model, grid=(2, 4, 6), dtype=torch.float32)
     with torch.no_grad(), oracle.islands_in_fp64():
-        want = theirs(hidden_states=x, timestep=1000 * s.double(), encoder_hidden_states=text, return_dict=False)[0]
-        got = fresh(x, s, text)
+        want = theirs(hidden_states=x, timestep=1000 * s.double(), encoder_hidden_states=condition.text, return_dict=False)[0]
+        got = fresh(x, s, condition)
     assert want.dtype == got.dtype == torch.float32 and float(want.norm()) > 1
     assert float((got - want).norm() / want.norm()) <= 2e-5
 

@@ -18,6 +18,7 @@ from rcm_mcore.config import (
     layers_of_stages,
     load_config,
     parse_config,
+    parse_model,
     resolve_mesh,
     to_yaml,
     tokens_per_sample,
@@ -49,22 +50,61 @@ def test_resolved_config_reads_back_the_same():
     assert parse_config(yaml.safe_load(to_yaml(config))) == config
 
 
-def test_named_sizes_are_wan(mesh):
-    """Parameter counts of architectures.md A.0."""
+@pytest.mark.parametrize(
+    "section, count, digits",
+    [
+        (dict(size="1.3B"), 1_418_996_800, 10),
+        (dict(size="14B"), 14_288_491_584, 11),
+        (dict(size="14B", condition="image"), 16_394_878_784, 11),
+        (dict(size="14B", condition="first_last"), 16_394_878_784 + 514 * 1280, 11),
+        (dict(family="cosmos", size="0.6B"), 597_500_000, 4),
+        (dict(family="cosmos", size="2B"), 1_956_400_000, 5),
+        (dict(family="cosmos", size="14B"), 14_265_000_000, 5),
+        (dict(family="cosmos", size="2B", condition="frames"), 1_956_400_000 + 4 * 2048, 5),
+    ],
+)
+def test_named_sizes_are_the_released_ones(mesh, monkeypatch, section, count, digits):
+    """Parameter counts of architectures.md A.0 and B.0, to as many digits as it gives."""
     import torch
 
-    from rcm_mcore.models.wan.model import WanModel, transformer_config
+    from rcm_mcore.models import build_model
 
-    for size, count in (("1.3B", 1_418_996_800), ("14B", 14_288_491_584)):
-        model = parse_config(changed("model.size", size) | {"data": {**TREE["data"], "latent_shape": [16, 21, 60, 104]}}).model
-        with torch.device("meta"):
-            stock = torch.cuda.current_device
-            torch.cuda.current_device = lambda: torch.device("meta")
-            try:
-                net = WanModel(model, transformer_config(model, MeshConfig()), mesh.groups)
-            finally:
-                torch.cuda.current_device = stock
-        assert sum(p.numel() for p in net.parameters()) == count
+    model = parse_model(section)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    with torch.device("meta"):
+        net = build_model(model, MeshConfig(), mesh.groups, seed=None)
+    assert f"{sum(p.numel() for p in net.parameters()):.{digits - 1}e}" == f"{count:.{digits - 1}e}"
+
+
+def test_sizes_and_conditions_of_a_family():
+    assert parse_model(dict(family="cosmos", size="14B", condition="frames")).rope_ratios == (20 / 24, 2.0, 2.0)
+    assert parse_model(dict(family="cosmos", size="2B", condition="frames")).rope_ratios == (1.0, 3.0, 3.0)
+    assert parse_model(dict(family="cosmos", size="2B")).text_dim == 1024
+    with pytest.raises(ConfigError, match=r"model.size=1.3B: model.family=cosmos has the sizes tiny, 0.6B, 2B, 14B"):
+        parse_model(dict(family="cosmos", size="1.3B"))
+    with pytest.raises(ConfigError, match=r"model.condition=frames: model.family=wan takes text, image, first_last"):
+        parse_model(dict(size="1.3B", condition="frames"))
+    with pytest.raises(ConfigError, match=r"model.patch_size=\[2, 2, 2\]: model.condition=frames needs tokens of one frame"):
+        parse_model(dict(family="cosmos", size="2B", condition="frames", patch_size=[2, 2, 2]))
+    with pytest.raises(ConfigError, match=r"model.rope_ratios=\[1.0, 0.0, 4.0\]: every entry must be positive"):
+        parse_model(dict(family="cosmos", size="2B", rope_ratios=[1, 0, 4]))
+
+
+def test_given_frames_leave_one_to_generate():
+    tree = {**TREE, "model": {"family": "cosmos", "size": "tiny", "condition": "frames"}}
+    frames = tree["data"]["latent_shape"][1]
+    assert parse_config({**tree, "data": {**tree["data"], "given_frames": [0, frames - 1]}}).data.given_frames == (
+        0,
+        frames - 1,
+    )
+    for given in ([], [frames], [-1]):
+        with pytest.raises(ConfigError, match=r"data.given_frames=\[.*\]: each must lie between 0 and"):
+            parse_config({**tree, "data": {**tree["data"], "given_frames": given}})
+    shape = [tree["data"]["latent_shape"][0], 1, *tree["data"]["latent_shape"][2:]]
+    with pytest.raises(ConfigError, match=r"model.condition=first_last needs two frames"):
+        parse_config(
+            {**TREE, "model": {"size": "tiny", "condition": "first_last"}, "data": {**TREE["data"], "latent_shape": shape}}
+        )
 
 
 def test_overrides(tmp_path):
@@ -261,9 +301,13 @@ assert "torch" not in sys.modules and "megatron" not in sys.modules
     print(f"validated in {time.monotonic() - start:.2f} s")
 
 
-@pytest.mark.parametrize("path, world", [("digits/teacher.yaml", 2), ("digits/rcm.yaml", 2), ("wan_1_3b/config.yaml", 8)])
-def test_examples_are_sound(path, world):
-    config = load_config(Path(__file__).parent.parent / "examples" / path)
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml")))
+def test_examples_are_sound(path):
+    world = 2 if path.startswith("digits") else 8
+    config = load_config(EXAMPLES / path)
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     dp = validate_mesh(config.model, config.mesh, world, tokens=tokens)
     assert config.train.global_batch_size % (dp * config.train.micro_batch_size) == 0

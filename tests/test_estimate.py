@@ -8,11 +8,12 @@ import pytest
 import tiny
 import torch
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, load_config, parse_config
 from rcm_mcore.dual import Dual
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common import blocks
 from rcm_mcore.models.common.attention import AttentionCache
-from rcm_mcore.models.wan import build_wan
 from rcm_mcore.training.estimate import GIB, estimate, kept_of_a_layer, refuse_what_cannot_fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,9 +133,9 @@ def test_a_layer_keeps_what_is_estimated(mesh, tmp_path, method):
         )
         config = parse_config(tree)
         model = config.model
-        net = build_wan(model, mesh.config, mesh.groups)
+        net = build_model(model, mesh.config, mesh.groups)
         x = torch.randn(config.train.micro_batch_size, *config.data.latent_shape)
-        s, text = torch.rand(len(x)), torch.randn(len(x), model.text_len, model.text_dim)
-        arguments = (Dual(x, torch.randn_like(x)), Dual(s, s), text) if method == "scm" else (x, s, text)
+        s, condition = torch.rand(len(x)), Condition(torch.randn(len(x), model.text_len, model.text_dim))
+        arguments = (Dual(x, torch.randn_like(x)), Dual(s, s), condition) if method == "scm" else (x, s, condition)
         found[layers] = bytes_kept(net, *arguments)
     assert found[3] - found[2] == kept_of_a_layer(config)

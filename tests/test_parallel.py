@@ -3,38 +3,36 @@
 from functools import cache
 
 import pytest
-import ranks_wan_gpu
+import ranks_networks_gpu
 import torch
 from launch import run_ranks
-from oracle import cosmos_in_fp64, cosmos_names_of_ours, diffusers_cosmos, diffusers_wan, names_of_ours
-from ranks_wan import FAMILIES, GRIDS, LAYERS, MESHES, MODES, cases, run
+from oracle import VARIANTS, diffusers_network, exact_diffusers, names_of_ours
+from ranks_networks import GRIDS, LAYERS, MESHES, cases, run
 
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full
 
 
 @pytest.fixture(scope="module")
 def reference(mesh, tmp_path_factory):
-    """A folder with the weights of each family and what one rank computes with them."""
+    """A folder with the weights of each variant and what one rank computes with them."""
     folder = tmp_path_factory.mktemp("networks")
-    for family, (small, build) in FAMILIES.items():
+    for variant, small in VARIANTS.items():
         model = small(num_layers=LAYERS)
-        with cosmos_in_fp64():
-            if family == "wan":
-                weights = names_of_ours(model, diffusers_wan(model).state_dict())
-            else:
-                weights = cosmos_names_of_ours(model, diffusers_cosmos(model).state_dict())
-        net = build(model, mesh.config, mesh.groups)
+        with exact_diffusers():
+            weights = names_of_ours(model, diffusers_network(model).state_dict())
+        net = build_model(model, mesh.config, mesh.groups)
         load_full(net, weights, mesh.tp_group)
-        torch.save({k: v.clone() for k, v in weights.items()}, folder / f"{family}_weights.pt")
+        torch.save({k: v.clone() for k, v in weights.items()}, folder / f"{variant}_weights.pt")
         results = {t: dict(zip(("out", "tangent", "grads"), run(net, mesh, "none", grid))) for t, grid in GRIDS.items()}
-        torch.save(results, folder / f"{family}_reference.pt")
+        torch.save(results, folder / f"{variant}_reference.pt")
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(reference):
-    """Errors by family, mesh and mode; one launch per world size, when it is first asked for."""
-    return cache(lambda world_size: run_ranks(world_size, "ranks_wan.py", reference))
+    """Errors by variant, mesh and mode; one launch per world size, when it is first asked for."""
+    return cache(lambda world_size: run_ranks(world_size, "ranks_networks.py", reference))
 
 
 @pytest.mark.parametrize("world_size, case", [(n, " ".join(case)) for n in MESHES for case in cases(n)])
@@ -46,8 +44,8 @@ def test_equals_one_rank(results, world_size, case):
 
 
 def on_gpus(world_size):
-    """Every mesh, length and mode of so many GPUs."""
-    names = [f"{mesh} {tokens} {mode}" for mesh in ranks_wan_gpu.MESHES[world_size] for tokens in GRIDS for mode in MODES]
+    """Every case of so many GPUs."""
+    names = [" ".join(case) for case in ranks_networks_gpu.cases(world_size)]
     return [pytest.param(world_size, name, marks=getattr(pytest.mark, f"gpu{world_size}")) for name in names]
 
 
@@ -62,5 +60,5 @@ def test_bfloat16_on_gpus_is_within_the_budget(gpu_results, world_size, name):
 
 @pytest.fixture(scope="module")
 def gpu_results(tmp_path_factory):
-    """Errors (under the mesh, on one GPU) by mesh, length and mode."""
-    return cache(lambda world_size: run_ranks(world_size, "ranks_wan_gpu.py", tmp_path_factory.mktemp("gpus")))
+    """Errors (under the mesh, on one GPU) by case."""
+    return cache(lambda world_size: run_ranks(world_size, "ranks_networks_gpu.py", tmp_path_factory.mktemp("gpus")))

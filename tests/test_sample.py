@@ -8,13 +8,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from components import PROMPTS, tiny_checkpoint, tiny_pipeline
+from components import PROMPTS, VIDEO_MODEL, tiny_checkpoint, tiny_pipeline, tiny_vae
 from launch import run_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
 from rcm_mcore import sample
+from rcm_mcore.checkpoint import write_network
 from rcm_mcore.data import media
+from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
 from rcm_mcore.sampling import SampleRequest, draws_of
@@ -154,6 +156,24 @@ def test_teacher(runs):
     assert there["sigmas"] == shifted_sigmas(2, 5.0) and there["evaluations"] == 4 and there["output"]["tiled"]
 
 
+def test_digits_and_latents_without_a_vae(runs):
+    folder, results = runs
+    assert results["digits"]["code"] == 0, results["digits"]["error"]
+    names = ["latents.safetensors", "samples.json", "videos.gif", "videos.safetensors"]
+    assert sorted(path.name for path in (folder / "digits").iterdir()) == names
+    torch.testing.assert_close(latents(folder / "digits"), latents(folder / "video")[:1], rtol=1e-4, atol=1e-5)
+    videos = load_file(folder / "digits" / "videos.safetensors")["videos"]
+    assert torch.equal(videos, DigitCodec.load(folder / "codec.json").decode(latents(folder / "digits")))
+
+
+def test_a_prompt_that_is_too_long_is_named(runs):
+    _, results = runs
+    assert results["long"]["code"] == 2 and results["long"]["calls"] == []
+    assert re.search(
+        r"prompt 'red red .* has \d+ tokens: the network reads at most model.text_len=24", results["long"]["error"]
+    )
+
+
 def test_two_ranks_write_the_same(runs):
     folder, _ = runs
     results = run_ranks(2, "ranks_generate.py", folder)
@@ -184,6 +204,12 @@ def refused(parts, monkeypatch, capsys):
     monkeypatch.setattr("rcm_mcore.sampling.sampler.make_mesh", lambda *_: pytest.fail("too late"))
 
     def run(out, *more):
+        if "VAE4" in more:
+            tiny_vae(out.parent, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+            more = ["--vae", str(out.parent)]
+        if "IMAGE" in more:
+            write_network(out.parent / "image", {"a": torch.zeros(2)}, VIDEO_MODEL | {"condition": "image"})
+            more = ["--checkpoint", str(out.parent / "image")]
         argv = ["--checkpoint", str(parts / "checkpoint"), "--which", "student", "--pipeline", str(parts / "pipeline")]
         prompt = [] if "--prompt" in more else ["--prompt", "a red fox"]
         assert sample.main([*argv, *prompt, "--size", "32x32", "--out", str(out), *more]) == 2
@@ -213,6 +239,8 @@ def refused(parts, monkeypatch, capsys):
         (["--sampler", "euler", "--guidance", "2", "--negative-prompt", "x", "--negative-embedding", "y"], "give one of them"),
         (["--which", "ema"], "holds no ema network; it holds: student"),
         (["--fps", "0"], "--fps 0.0: must be positive"),
+        (["--vae", "VAE4"], "--vae .*: its latents have 4 channels, the network's 16"),
+        (["--checkpoint", "IMAGE"], "model.condition=image, but this program gives a network prompts alone"),
         (["--codec", "x"], "--codec is for the digits task and --vae for videos"),
         (["--vae", "nowhere"], "VAE folder nowhere: no config.json in it or in vae/"),
         (["--tp", "2"], "mesh.tp=2 does not divide the 1 ranks"),
@@ -228,8 +256,9 @@ def test_bad_command_lines(refused, tmp_path, more, message):
 def test_a_folder_of_something_else_is_refused(refused, tmp_path):
     (tmp_path / "thesis.tex").touch()
     assert "is not empty and holds no samples.json" in refused(tmp_path)
-    (tmp_path / "samples.json").write_text("{}")
-    assert "is not of this program" in refused(tmp_path)
+    for content in ("{}", "[]", '{"request": 1, "output": {}, "checkpoint": {}}'):
+        (tmp_path / "samples.json").write_text(content)
+        assert "is not of this program" in refused(tmp_path)
 
 
 def test_background_is_bounded_and_raises():

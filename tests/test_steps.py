@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import parse_config
 from rcm_mcore.distill import steps
 from rcm_mcore.distill.draws import Draws
@@ -35,8 +36,8 @@ class Net:
         w, a, u, out = self.params
         return (torch.tanh(x.flatten(1) @ w / 3 + s[:, None] * a + text.mean(1) @ u) @ out).view_as(x)
 
-    def __call__(self, x, s, text):
-        return rowwise(lambda x, s: self.value(x, s, text), x, s)
+    def __call__(self, x, s, condition):
+        return rowwise(lambda x, s: self.value(x, s, condition.text), x, s)
 
 
 class Poisoned:
@@ -45,9 +46,9 @@ class Poisoned:
     def __init__(self, net, bad, *, mark=MARK, part="value"):
         self.net, self.bad, self.mark, self.part = net, bad, mark, part
 
-    def __call__(self, x, s, text):
-        factor = torch.where(text[:, 0, 0] == self.mark, self.bad, 1.0).view(-1, 1, 1, 1, 1)
-        out = self.net(x, s, text)
+    def __call__(self, x, s, condition):
+        factor = torch.where(condition.text[:, 0, 0] == self.mark, self.bad, 1.0).view(-1, 1, 1, 1, 1)
+        out = self.net(x, s, condition)
         if not isinstance(out, Dual):
             return out * factor if self.part == "value" else out
         return Dual(out.primal * factor, out.tangent) if self.part == "value" else Dual(out.primal, out.tangent * factor)
@@ -94,7 +95,7 @@ def batch():
     )
     text = draw(B, *TEXT)
     text[1, 0, 0], text[3, 0, 0] = MARK, OTHER_MARK
-    return MicroBatch(latents=draw(B, *SHAPE), text=text, draws=draws)
+    return MicroBatch(latents=draw(B, *SHAPE), condition=Condition(text), draws=draws)
 
 
 # One sample at a time, from method.md.
@@ -122,7 +123,7 @@ def guided(roles, cfg):
 
 def consistency(roles, batch, cfg, i, phase):
     """The term of sample i, |g| before it is normalised, |F - F_T|."""
-    t, text = batch.draws.t_g[i], batch.text[i]
+    t, text = batch.draws.t_g[i], batch.condition.text[i]
     cos, sin, r = torch.cos(t), torch.sin(t), phase.warmup
     x_t = cos * batch.latents[i] + sin * batch.draws.eps_g[i]
     teacher = velocity(guided(roles, cfg), x_t, t, text).detach()
@@ -141,14 +142,14 @@ def generate(roles, batch, i):
     times, noise = batch.draws.rollout_times[:, i], batch.draws.rollout_noise[:, i]
     x = noise[0]
     for k in range(len(times)):
-        x0 = clean(roles.student, x, times[k], batch.text[i])
+        x0 = clean(roles.student, x, times[k], batch.condition.text[i])
         if k + 1 < len(times):
             x = (torch.cos(times[k + 1]) * x0 + torch.sin(times[k + 1]) * noise[k + 1]).detach()
     return x0
 
 
 def distillation(roles, batch, cfg, i):
-    t, text, x_g = batch.draws.t_d[i], batch.text[i], generate(roles, batch, i)
+    t, text, x_g = batch.draws.t_d[i], batch.condition.text[i], generate(roles, batch, i)
     x_t = torch.cos(t) * x_g.detach() + torch.sin(t) * batch.draws.eps_d[i]
     fake, teacher = clean(roles.fake_score, x_t, t, text), clean(guided(roles, cfg), x_t, t, text)
     weight = (x_g - teacher).abs().mean().clamp(min=1e-5)
@@ -157,7 +158,7 @@ def distillation(roles, batch, cfg, i):
 
 
 def critic(roles, batch, i):
-    t, text, x_g = batch.draws.t_d[i], batch.text[i], generate(roles, batch, i).detach()
+    t, text, x_g = batch.draws.t_d[i], batch.condition.text[i], generate(roles, batch, i).detach()
     x_t = torch.cos(t) * x_g + torch.sin(t) * batch.draws.eps_d[i]
     return (x_g - clean(roles.fake_score, x_t, t, text)).square().sum() / torch.sin(t) ** 2
 
@@ -166,7 +167,7 @@ def pretrain(roles, batch, i):
     t, eps = batch.draws.t_g[i], batch.draws.eps_g[i]
     s = torch.sin(t) / (torch.sin(t) + torch.cos(t))
     x_s = (1 - s) * batch.latents[i] + s * eps
-    text = roles.negative if batch.draws.dropped[i] else batch.text[i][None]
+    text = roles.negative if batch.draws.dropped[i] else batch.condition.text[i][None]
     return (roles.student.value(x_s[None], s[None], text)[0] - (eps - batch.latents[i])).square().mean()
 
 
@@ -344,7 +345,7 @@ def test_pretrain_step_without_a_bad_sample(roles, batch, where, bad):
 
 
 def test_no_loss_when_every_sample_is_bad(roles, batch):
-    batch.text[:, 0, 0] = MARK
+    batch.condition.text[:, 0, 0] = MARK
     batch.draws.dropped[:] = False
     spoilt = changed(roles, student=Poisoned(roles.student, math.nan))
     for outcome in (
@@ -359,7 +360,7 @@ def test_no_loss_when_every_sample_is_bad(roles, batch):
 
 
 def test_bad_targets_alone_leave_a_loss_without_gradient(roles, batch):
-    batch.text[:, 0, 0] = MARK
+    batch.condition.text[:, 0, 0] = MARK
     spoilt = changed(roles, teacher=Poisoned(roles.teacher, math.nan))
     for loss, metrics in (consistency_step(batch, spoilt, config(), PHASE), distillation_step(batch, spoilt, config())):
         assert float(loss.detach()) == 0 and int(metrics["nonfinite_target"]) == B

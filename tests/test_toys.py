@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import parse_config
 from rcm_mcore.diffusion.samplers import few_step_times, sample_few_step
 from rcm_mcore.diffusion.trigflow import diffuse, rf_time
@@ -36,7 +37,7 @@ POINT = (2, 1, 1, 1)  # a latent [C, F, H, W]
 BATCH = 256
 SEED = 4
 EYE = torch.eye(2, dtype=torch.float64)
-TEXT = torch.zeros(BATCH, 1, 1)
+CONDITION = Condition(torch.zeros(BATCH, 1, 1))
 
 
 def tensor(values):
@@ -72,7 +73,7 @@ class Mixture:
         log_density = self.weights.log() - 0.5 * (offset**2 / variance + variance.log()).sum(2)
         return offset, variance, log_density.softmax(1)
 
-    def velocity(self, x, s, text=None):
+    def velocity(self, x, s, condition=None):
         """E[eps - x0 | x_s = x], in closed form."""
         offset, variance, responsibility = self._posterior(x, s)
         s = s.view(-1, 1, 1)
@@ -115,7 +116,7 @@ class Net(nn.Module):
             h = nn.functional.silu(h) @ weight
         return h.view_as(x)
 
-    def forward(self, x, s, text):
+    def forward(self, x, s, condition):
         return rowwise(self.value, x, s)
 
 
@@ -181,7 +182,7 @@ def train(config, group, phases, *, student, fake_score=None, data=DATA, seed=SE
         optimizer = optimizers[phase.kind]
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / len(phases))) / 2
         latents = data.sample(BATCH, generator)
-        batch = MicroBatch(latents=latents, text=TEXT, draws=draws(config, phase, BATCH, generator))
+        batch = MicroBatch(latents=latents, condition=CONDITION, draws=draws(config, phase, BATCH, generator))
         optimizer.zero_grad()
         metrics = {}
         for term in terms_of(phase, roles, config):
@@ -255,14 +256,14 @@ def velocity_error(net, data):
 def generated(net, steps, count=10_000):
     """Samples of the few-step sampler."""
     noises = [gaussian(count, generator=seeded(2000 + k)) for k in range(steps)]
-    return sample_few_step(conditioned(net, TEXT), noises, few_step_times(steps))
+    return sample_few_step(conditioned(net, CONDITION), noises, few_step_times(steps))
 
 
 @torch.no_grad()
 def rolled_out(net, config, length, count=10_000):
     """Samples of a training rollout of this length."""
     d = draws(config, Phase(kind="critic", own_step=0, rollout_steps=length), count, seeded(3000 + length))
-    return rollout(conditioned(net, TEXT), d.rollout_times, d.rollout_noise)
+    return rollout(conditioned(net, CONDITION), d.rollout_times, d.rollout_noise)
 
 
 def close(misfit, mean, covariance, share):
@@ -328,7 +329,7 @@ class Affine:
 
     matrix, offset = tensor([[0.9, 0.3], [-0.2, 0.5]]), tensor([0.4, -0.6])
 
-    def __call__(self, x, s, text):
+    def __call__(self, x, s, condition):
         x0 = x.flatten(1) @ self.matrix.T + self.offset
         return (x - x0.view_as(x)) / s.view(-1, 1, 1, 1, 1)
 

@@ -15,7 +15,7 @@ import yaml
 from rcm_mcore.checkpoint import CheckpointFolder, write_network
 from rcm_mcore.config import load_config, parse_config
 from rcm_mcore.data import Sample, write_shards
-from rcm_mcore.models.wan import build_wan
+from rcm_mcore.models import build_model
 from rcm_mcore.train import main
 from rcm_mcore.training import setup
 from rcm_mcore.training.log import KEYS
@@ -40,7 +40,7 @@ def place(tmp_path_factory, mesh):
     wide = [Sample(latent=torch.zeros(4, 2, 4, 6), embed=torch.ones(1, 8), prompt="wide") for _ in range(6)]
     write_shards(wide, place / "bad_shards", samples_per_shard=1)
     model = parse_config(tiny.config("s", "r")).model
-    net = build_wan(model, parse_config(tiny.config("s", "r")).mesh, mesh.groups)
+    net = build_model(model, parse_config(tiny.config("s", "r")).mesh, mesh.groups)
     section = tiny.MODEL | {"patch_size": [1, 2, 2]}
     write_network(place / "teacher", {name: p.detach() for name, p in net.named_parameters()}, section)
     for name, change in (("deep", {"num_layers": 3}), ("rowless", {"text_len": 6}), ("odd", {})):

@@ -36,6 +36,13 @@ CASES = {
     ),
     "pp2-recompute": (2, dict(mesh={"pp": 2}, model={"recompute": "full"}, train={"micro_batch_size": 1})),
     "tp2-dp2": (4, dict(mesh={"tp": 2, "sp": True})),
+    "first_last-tp2-sp": (2, dict(mesh={"tp": 2, "sp": True}, model=tiny.VARIANTS["first_last"])),
+    "first_last-pp2": (2, dict(mesh={"pp": 2}, model=tiny.VARIANTS["first_last"])),
+    "frames-pp2": (2, dict(mesh={"pp": 2}, model=tiny.VARIANTS["frames"], data={"given_frames": [1]})),
+    "frames-tp2-sp-cp2": (
+        4,
+        dict(mesh={"tp": 2, "sp": True, "cp": 2}, model=tiny.VARIANTS["frames"], data={"given_frames": [1]}),
+    ),
     "accumulate": (1, dict(train={"micro_batch_size": 1})),
     "recompute": (1, dict(model={"recompute": "full"})),
 }
@@ -49,10 +56,15 @@ def runs(tmp_path_factory):
     pretraining = lambda **model: tiny.config(
         folder / "shards", "", train={"steps": 20}, optim={"eps": 1e-8, "lr": 1e-3}, model={**tiny.MODEL, **model}
     )
-    tiny.train_all(folder, {(1, "teacher"): pretraining(), (1, "teacher5"): pretraining(num_layers=5)})
+    pretrained = {(1, "teacher"): pretraining(), (1, "teacher5"): pretraining(num_layers=5)}
+    pretrained |= {(1, f"teacher_{name}"): pretraining(**model) for name, model in tiny.VARIANTS.items()}
+    pretrained[1, "teacher_frames"]["data"]["given_frames"] = [0, 1]
+    tiny.train_all(folder, pretrained)
 
     def cycle(**sections):
-        teacher = "teacher5" if "num_layers" in sections.get("model", {}) else "teacher"
+        model = sections.get("model", {})
+        variant = {"first_last": "_first_last", "frames": "_frames"}.get(model.get("condition"), "")
+        teacher = "teacher5" if "num_layers" in model else f"teacher{variant}"
         tree = tiny.config(
             folder / "shards", "", "distill", checkpoint={"every": 1, "keep_last": 9},
             distill={"teacher": str(folder / teacher), "student_every": 2, "guidance": 2.0, "rollout_max_steps": 2},
@@ -65,10 +77,20 @@ def runs(tmp_path_factory):
         (1, "one"): cycle(),
         (1, "one5"): cycle(model={"num_layers": 5}),
         (1, "one_warmup"): cycle(distill={"tangent_warmup": 1}),
+        (1, "one_first_last"): cycle(model=tiny.VARIANTS["first_last"]),
+        (1, "one_frames"): cycle(model=tiny.VARIANTS["frames"], data={"given_frames": [1]}),
     }
     configs |= {(world, name): cycle(**sections) for name, (world, sections) in CASES.items()}
     tiny.train_all(folder, configs)
     return folder
+
+
+def reference_of(sections):
+    """The run of one rank that a case is compared with."""
+    model = sections.get("model", {})
+    if "condition" in model:
+        return f"one_{model['condition']}"
+    return "one5" if "num_layers" in model else "one_warmup" if "distill" in sections else "one"
 
 
 def test_the_cycle_is_student_critic_student(runs):
@@ -80,8 +102,7 @@ def test_the_cycle_is_student_critic_student(runs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_rank(runs, name):
-    sections = CASES[name][1]
-    reference = "one5" if "num_layers" in sections.get("model", {}) else "one_warmup" if "distill" in sections else "one"
+    reference = reference_of(CASES[name][1])
     for ours, one in zip(tiny.log_lines(runs / name), tiny.log_lines(runs / reference), strict=True):
         for key in ("loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm"):
             assert (ours[key] is None) == (one[key] is None)

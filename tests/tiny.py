@@ -9,6 +9,11 @@ MODEL = {
     "size": "tiny", "num_layers": 2, "hidden_size": 48, "num_attention_heads": 2, "ffn_hidden_size": 64, "in_channels": 4,
     "freq_dim": 16, "text_dim": 8, "text_len": 5, "dtype": "float32", "recompute": "none",
 }  # fmt: skip
+# Networks told of more than a text, as changes of MODEL.
+VARIANTS = {
+    "first_last": {"condition": "first_last", "image_dim": 6, "image_len": 3},
+    "frames": {"family": "cosmos", "condition": "frames", "adaln_rank": 8},
+}
 LATENT = [4, 2, 4, 4]
 
 
@@ -21,6 +26,8 @@ def make_shards(folder, samples=48, per_shard=4, seed=0):
             latent=0.5 * torch.randn(LATENT, generator=g) + (i % 2) - 0.5,
             embed=torch.randn(2 + i % 3, MODEL["text_dim"], generator=g),
             prompt=f"sample {i}",
+            given=torch.randn(LATENT, generator=g),
+            image=torch.randn(6, 6, generator=g),
         )
 
     write_shards((sample(i) for i in range(samples)), folder, samples_per_shard=per_shard)

@@ -29,9 +29,9 @@ from rcm_kernels import reference
 import rcm_mcore.parallel.ring as ring
 from rcm_mcore.config import MeshConfig, parse_model, resolve_mesh
 from rcm_mcore.dual import Dual
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common.attention import SplitAttention
 from rcm_mcore.models.common.blocks import Conditioning
-from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.exchange import heads_for_tokens, tokens_for_heads
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, init_distributed, make_mesh
 from rcm_mcore.parallel.shared_memory import shared_bytes
@@ -152,7 +152,7 @@ def _transfers(duals: tuple[Dual, ...], group: list[Any]) -> None:
 def layer_row(mesh: Mesh, tokens: int, repeats: int) -> dict[str, Any]:
     """Time and memory of one whole layer of Wan 14B for Duals, forward alone."""
     model = parse_model({"size": "14B", "num_layers": 1})
-    net = build_wan(model, mesh.config, mesh.groups, trainable=False)
+    net = build_model(model, mesh.config, mesh.groups, trainable=False)
     block = -(-tokens // mesh.cp_size)
     draw = lambda *shape, dtype=torch.float32: torch.randn(shape, device="cuda", dtype=dtype)
     x = Dual(draw(block, 1, model.hidden_size), draw(block, 1, model.hidden_size))
@@ -160,7 +160,9 @@ def layer_row(mesh: Mesh, tokens: int, repeats: int) -> dict[str, Any]:
         x = Dual(x.primal.bfloat16(), x.tangent.bfloat16())
     modulation = Dual(draw(6, 1, model.hidden_size), draw(6, 1, model.hidden_size))
     places = draw(block, 1, 1, WIDTH // 2).cos(), draw(block, 1, 1, WIDTH // 2).sin()
-    cond = Conditioning(modulation, draw(model.text_len, 1, model.hidden_size, dtype=torch.bfloat16), *places, tokens)
+    cond = Conditioning(
+        modulation, draw(model.text_len, 1, model.hidden_size, dtype=torch.bfloat16), None, *places, tokens, None
+    )
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         time = seconds(lambda: net.blocks(x, cond), repeats)

@@ -34,8 +34,8 @@ from rcm_mcore.config import Config, MeshConfig, load_config, resolve_mesh, toke
 from rcm_mcore.data import Batch
 from rcm_mcore.distill.draws import draw
 from rcm_mcore.distill.phases import Phase
+from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.parameters import full_shape, local_shard
-from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, init_distributed, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.shared_memory import shared_bytes
@@ -54,13 +54,13 @@ class Busy:
     spans: list[tuple[Any, Any]] = field(default_factory=list)
 
     def __enter__(self) -> Busy:
-        self._forward, self._backward = WanModel.forward, schedules.backward_step
-        WanModel.forward = self._timed(self._forward)  # type: ignore[method-assign]
+        self._forward, self._backward = DiffusionTransformer.forward, schedules.backward_step
+        DiffusionTransformer.forward = self._timed(self._forward)  # type: ignore[method-assign]
         schedules.backward_step = self._timed(self._backward)
         return self
 
     def __exit__(self, *_: object) -> None:
-        WanModel.forward, schedules.backward_step = self._forward, self._backward  # type: ignore[method-assign]
+        DiffusionTransformer.forward, schedules.backward_step = self._forward, self._backward  # type: ignore[method-assign]
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
@@ -111,7 +111,7 @@ def parse_mesh(name: str) -> MeshConfig:
 
 
 @torch.no_grad()
-def first_weights(net: WanModel) -> None:
+def first_weights(net: DiffusionTransformer) -> None:
     """By name, none of them zero, so that gradients reach every layer; drawn where the network is."""
     for name, param in net.named_parameters():
         draws = torch.Generator(param.device).manual_seed(crc32(name.encode()))
@@ -127,8 +127,13 @@ def batch_of(config: Config, mesh: Mesh, kind: str, step: int) -> StepBatch:
     model = config.model
     latents = noise("latents", config.data.latent_shape, seed=0, step=step, slots=slots)
     text = noise("text", (model.text_len, model.text_dim), seed=0, step=step, slots=slots)
+    more = {}
+    if model.image_tokens:
+        more["given"] = noise("given", config.data.latent_shape, seed=0, step=step, slots=slots)
+        more["image"] = noise("image", (model.image_tokens, model.image_dim), seed=0, step=step, slots=slots)
     names = ("",) * count
-    batch = Batch(latents=latents, text=text, prompts=names, keys=names, slots=slots, step=step, state={"bad_samples": 0})
+    kept = dict(prompts=names, keys=names, slots=slots, step=step, state={"bad_samples": 0})
+    batch = Batch(latents=latents, text=text, **kept, **more)
     student = kind == "student"
     phase = Phase(kind="student" if student else "critic", own_step=step, scm=student, dmd=student, rollout_steps=2)
     return StepBatch(batch=batch, phase=phase, draws=draw(config, phase, step=step, slots=slots))
@@ -140,13 +145,12 @@ def measure(config: Config, name: str) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))[0])
-    networks, roles, trained = build_networks(config, mesh, load_teacher=first_weights)
+    _, roles, trained = build_networks(config, mesh, load_teacher=first_weights)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     row: dict[str, Any] = {"mesh": name}
     for kind in ("student", "critic"):
-        for other in networks:
-            other.wake() if other is trained[kind] else other.sleep()
+        trained[kind].wake()
         for step in range(2):
             item = batch_of(config, mesh, kind, step)
             _synchronize()
@@ -164,6 +168,7 @@ def measure(config: Config, name: str) -> dict[str, Any]:
             row["flushed"] = stages / (config.mesh.vpp * microbatches_of_a_step(config, mesh.dp_size) + stages)
             tokens = config.train.global_batch_size * tokens_per_sample(config.model, config.data.latent_shape)
             row["tokens_per_second"] = tokens / row[kind] / dist.get_world_size()
+        trained[kind].sleep()
     on_gpu = torch.cuda.is_available()
     row["gib"] = worst((torch.cuda.max_memory_allocated() + shared_bytes()) / GIB) if on_gpu else None
     row["estimated"] = estimate(config, dist.get_world_size()).total / GIB

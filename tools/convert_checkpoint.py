@@ -1,4 +1,4 @@
-"""Converts Wan2.1 text-to-video weights: ``convert_checkpoint.py --from FORMAT --to FORMAT SRC DST``."""
+"""Converts Wan2.1 and Cosmos-Predict2 weights: ``convert_checkpoint.py --from FORMAT --to FORMAT SRC DST``."""
 
 import argparse
 import logging
@@ -8,9 +8,11 @@ from pathlib import Path
 
 FORMATS = {
     "diffusers": "a folder for diffusers' from_pretrained (read: also a pipeline's folder, with transformer/ inside)",
-    "wan": "official names; a .pth, .pt or .safetensors file (read: also a folder of safetensors)",
+    "wan": "Wan's official names; a .pth, .pt or .safetensors file, or a folder of sharded safetensors",
+    "cosmos": "Cosmos' official names; a .pt file",
     "rcm": "rCM's .pt file",
-    "mcore": "a checkpoint of this project, of any tensor-parallel size",
+    "rcm_dcp": "rCM's training checkpoint, read only: a folder with .metadata or model/ inside, or of iter_*",
+    "mcore": "a checkpoint of this project, of any mesh",
 }
 
 
@@ -18,20 +20,54 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
-        description="Converts Wan2.1 text-to-video weights, bit-exactly unless --dtype is given. DST must not exist.",
-        epilog="formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Converts Wan2.1 (T2V, I2V, FLF2V) and Cosmos-Predict2 (text-to-image, video-to-world) weights,\n"
+        "one tensor at a time and bit-exactly unless --dtype is given. DST must not exist; it appears when it is complete,\n"
+        "with a SHA-256 manifest (SHA256SUMS inside a folder, DST.sha256 beside a file).",
+        epilog="formats:\n" + "\n".join(f"  {name:10} {text}" for name, text in FORMATS.items()),
     )
     parser.add_argument("--from", dest="src_format", choices=FORMATS, required=True, help="format of SRC")
-    parser.add_argument("--to", dest="dst_format", choices=FORMATS, required=True, help="format of DST")
+    readable_only = [name for name in FORMATS if name != "rcm_dcp"]
+    parser.add_argument("--to", dest="dst_format", choices=readable_only, required=True, help="format of DST")
     parser.add_argument("src", type=Path, metavar="SRC")
     parser.add_argument("dst", type=Path, metavar="DST")
     parser.add_argument(
         "--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the written tensors; default keep"
     )
     parser.add_argument(
-        "--head-dim", type=int, metavar="N", help="head width where SRC does not tell it (wan, rcm); default 128"
+        "--head-dim",
+        type=int,
+        metavar="N",
+        help="head width where SRC does not tell it (Wan in wan, rcm, rcm_dcp); default 128",
     )
-    parser.add_argument("--which", choices=("student", "ema", "fake_score"), help="network of an mcore SRC; default student")
+    parser.add_argument(
+        "--which",
+        choices=("student", "ema", "fake_score"),
+        default="student",
+        help="network of a SRC that holds several; default student",
+    )
+    parser.add_argument(
+        "--max-shard-gb", type=float, metavar="GB", default=5.0, help="largest safetensors file of a folder; default 5"
+    )
+    group = parser.add_argument_group("a whole pipeline (with --to diffusers)")
+    group.add_argument(
+        "--pipeline",
+        type=Path,
+        metavar="BASE",
+        help="base pipeline's folder: DST gets its components (hard links where possible), our transformer, a scheduler for "
+        "few-step sampling and a model card",
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="steps of the student; default 4")
+    group.add_argument("--sigma-max", type=float, metavar="SIGMA", help="noise that it starts from; default 80")
+    group.add_argument(
+        "--mid-times",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="TrigFlow times between; default 1.5 1.4 1.0, Cosmos 1.3 1.0 0.6",
+    )
+    group.add_argument("--license", metavar="ID", help="license field of the model card; default other")
+    group.add_argument("--base-model", metavar="NAME", help="base_model field of the model card; default the name of BASE")
     return parser
 
 
@@ -45,9 +81,7 @@ def run(arguments: argparse.Namespace) -> str:
 
     formats = dict(interop.FORMATS)
     if "mcore" in (arguments.src_format, arguments.dst_format):
-        formats["mcore"] = _mcore_format(arguments.which or "student")
-    if arguments.which and arguments.src_format != "mcore":
-        raise ValueError(f"--which {arguments.which}: only an mcore source holds several networks")
+        formats["mcore"] = _mcore_format()
     with tqdm(desc="converting", unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -60,24 +94,42 @@ def run(arguments: argparse.Namespace) -> str:
             arguments.src,
             arguments.dst,
             dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
-            head_dim=arguments.head_dim,
+            read=interop.ReadOptions(which=arguments.which, head_dim=arguments.head_dim),
+            write=interop.WriteOptions(
+                max_shard_bytes=int(arguments.max_shard_gb * 1e9), pipeline=_pipeline(arguments), progress=progress
+            ),
             formats=formats,
-            progress=progress,
         )
-    shape = written.shape
+    model = written.model
     return (
         f"{arguments.dst}: {arguments.dst_format}, {written.tensors} tensors, {written.parameters:,} parameters, "
-        f"{written.bytes:,} bytes ({shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads of "
-        f"{shape.head_dim})"
+        f"{written.bytes:,} bytes ({model.family} {model.condition}, {model.num_layers} layers, width {model.hidden_size}, "
+        f"{model.num_attention_heads} heads of {model.head_dim})"
     )
 
 
-def _mcore_format(which: str):
+def _pipeline(arguments: argparse.Namespace):
+    """The options of a whole pipeline, or None."""
+    from rcm_mcore.interop import PipelineOptions
+
+    names = ("steps", "sigma_max", "mid_times", "license", "base_model")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.pipeline is not None:
+        return PipelineOptions(base=arguments.pipeline, **given)
+    if given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')}: only with --pipeline")
+    return None
+
+
+def _mcore_format():
     """The format of our checkpoints; its functions are imported only when it is used."""
-    from rcm_mcore.checkpoint import read_network, write_network
+    from rcm_mcore.checkpoint import open_network, write_network
     from rcm_mcore.interop import network_format
 
-    return network_format(lambda path: read_network(path, which=which), write_network)
+    return network_format(
+        lambda path, which: open_network(path, which=which),
+        lambda path, weights, section, progress: write_network(path, weights, section, progress=progress),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -321,8 +321,9 @@ def compare_export(out: Path, folder: Path) -> float:
     from diffusers import WanTransformer3DModel
 
     from rcm_mcore.checkpoint import load_network, model_of
+    from rcm_mcore.condition import Condition
     from rcm_mcore.config import parse_model
-    from rcm_mcore.models.wan import build_wan
+    from rcm_mcore.models import build_model
     from rcm_mcore.parallel.mesh import local_mesh
 
     torch.backends.cudnn.allow_tf32 = False  # diffusers' patch embedding is a convolution
@@ -330,12 +331,12 @@ def compare_export(out: Path, folder: Path) -> float:
     generator = torch.Generator().manual_seed(0)
     with local_mesh() as mesh, torch.no_grad():
         model = parse_model(model_of(out / "student"))
-        net = build_wan(model, mesh.config, mesh.groups, seed=None, trainable=False)
+        net = build_model(model, mesh.config, mesh.groups, seed=None, trainable=False)
         load_network(net, out / "student", which="ema", dp_cp_group=mesh.groups.dp_cp)
         x = torch.randn(4, *LATENT, generator=generator).to(mesh.device)
         text = torch.randn(4, model.text_len, model.text_dim, generator=generator).to(mesh.device)
         s = torch.tensor([0.2, 0.5, 0.8, 0.95], device=mesh.device)
-        ours = net(x, s, text)
+        ours = net(x, s, Condition(text))
         other = theirs.to(mesh.device)(x, 1000 * s, text, return_dict=False)[0]
         return float((ours - other).abs().max() / ours.std())
 

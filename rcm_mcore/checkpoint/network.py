@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,25 +10,20 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from rcm_mcore.interop.dcp import open_folder, read_index, write_folder
+from rcm_mcore.interop.files import Counter, Progress
+from rcm_mcore.interop.lazy import LazyTensor, Weight, loaded
 from rcm_mcore.parallel.cpu import write_checkpoints_in_process
 from rcm_mcore.parallel.mesh import init_distributed
 
 Which = Literal["student", "ema", "fake_score"]
 PREFIX: dict[str, str] = {"student": "student.", "ema": "ema.student.", "fake_score": "fake_score."}
-
-# What the index of a checkpoint, a pickle, is made of.
-_INDEX_MODULES = ("metadata", "planner", "filesystem")
-_INDEX_CLASSES = {
-    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "SavePlan", "StorageMeta", "TensorProperties",
-    "TensorStorageMetadata", "TensorWriteData", "WriteItem", "WriteItemType", "_MEM_FORMAT_ENCODING", "_StorageInfo",
-}  # fmt: skip
 
 
 def resolve(path: str | Path) -> Path:
@@ -43,32 +37,8 @@ def resolve(path: str | Path) -> Path:
         path = path / marker.read_text().strip()
     if not (path / ".metadata").is_file() or not (path / "config.yaml").is_file():
         raise ValueError(f"{path} is no checkpoint of ours: it must be a step_* folder, or a run folder with `latest`")
-    _read_index(path)
+    read_index(path)
     return path
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Refuses to name anything but the parts of an index, so that nothing of a stranger's is run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        inside = module in [f"torch.distributed.checkpoint.{m}" for m in _INDEX_MODULES] and name in _INDEX_CLASSES
-        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if inside or plain or (module, name) == ("torch.serialization", "_get_layout"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-
-def _read_index(path: Path) -> Metadata:
-    """What torch's distributed checkpoint keeps about its tensors; its own reader, which trusts the file, may follow."""
-    try:
-        with (path / ".metadata").open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path}/.metadata is no index of a checkpoint: {type(error).__name__}: {reason}") from None
-    if not isinstance(index, Metadata):
-        raise ValueError(f"{path}/.metadata is no index of a checkpoint: it holds {type(index).__name__}")
-    return index
 
 
 def model_of(path: str | Path) -> dict[str, Any]:
@@ -98,7 +68,7 @@ def require_network(path: str | Path, which: Which) -> None:
 
 def _entries(path: Path, which: Which) -> dict[str, TensorStorageMetadata]:
     """Tensors of one network in a checkpoint by parameter name; ValueError when there are none."""
-    metadata = _read_index(path)
+    metadata = read_index(path)
     prefix = PREFIX[which]
     found = {
         key[len(prefix) :]: entry
@@ -111,24 +81,31 @@ def _entries(path: Path, which: Which) -> dict[str, TensorStorageMetadata]:
     return found
 
 
+def open_network(path: str | Path, *, which: Which = "student") -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Whole weights of one network by parameter name, each read when it is loaded, and the `model` section.
+
+    `path`: a checkpoint or a run folder. Needs no process group. ValueError when the network is not there.
+    """
+    path = resolve(path)
+    weights = open_folder(path)
+    return {name: weights[PREFIX[which] + name] for name in _entries(path, which)}, model_of(path)
+
+
 def read_network(path: str | Path, *, which: Which = "student") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Whole tensors of one network by parameter name, in the dtype they are stored in, and its `model` section.
 
     `path`: a checkpoint or a run folder. Needs no process group. ValueError when the network is not there.
     """
-    path = resolve(path)
-    prefix = PREFIX[which]
-    tensors: dict[str, Any] = {
-        prefix + name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in _entries(path, which).items()
-    }
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    return {key[len(prefix) :]: value for key, value in tensors.items()}, model_of(path)
+    weights, model = open_network(path, which=which)
+    return {name: loaded(weight) for name, weight in weights.items()}, model
 
 
-def write_network(path: str | Path, tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> None:
-    """Write whole tensors by parameter name as the `student` of a new checkpoint at `path`, with its `model` section.
+def write_network(
+    path: str | Path, tensors: Mapping[str, Weight], model: Mapping[str, Any], *, progress: Progress | None = None
+) -> None:
+    """Write whole weights by parameter name as the `student` of a new checkpoint at `path`, with its `model` section.
 
-    All or nothing: the folder appears when it is complete. ValueError if `path` exists.
+    One weight at a time is loaded. All or nothing: the folder appears when it is complete. ValueError if `path` exists.
     """
     path = Path(path)
     if path.exists():
@@ -136,14 +113,20 @@ def write_network(path: str | Path, tensors: Mapping[str, Tensor], model: Mappin
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    counter = Counter(tensors, progress)
+
+    def counted(weight: Weight) -> LazyTensor:
+        def load() -> Tensor:
+            counter.add(weight)
+            return loaded(weight)
+
+        return LazyTensor(weight.shape, weight.dtype, load)
+
     try:
         write_checkpoints_in_process()
-        sharded = {
-            name: ShardedTensor.from_rank_offsets(PREFIX["student"] + name, tensor.contiguous())
-            for name, tensor in tensors.items()
-        }
         with _process_group():
-            dist_checkpointing.save(sharded, str(partial))
+            dist_checkpointing.save({}, str(partial))  # all but the tensors, which it would want all at once
+        write_folder(partial, {PREFIX["student"] + name: counted(weight) for name, weight in tensors.items()})
         (partial / "config.yaml").write_text(yaml.safe_dump({"model": dict(model)}, sort_keys=False))
         partial.rename(path)
     except BaseException:

@@ -106,6 +106,8 @@ class ModelConfig:
             _positive(f"model.{name}", getattr(self, name))
         if any(p < 1 for p in self.patch_size):
             raise ValueError(f"model.patch_size={list(self.patch_size)}: every entry must be at least 1")
+        if self.condition == "frames" and self.patch_size[0] != 1:
+            raise ValueError(f"model.patch_size={list(self.patch_size)}: model.condition=frames needs tokens of one frame")
         if any(not ratio > 0 for ratio in self.rope_ratios):
             raise ValueError(f"model.rope_ratios={list(self.rope_ratios)}: every entry must be positive")
         if self.freq_dim < 2 or self.freq_dim % 2:

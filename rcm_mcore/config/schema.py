@@ -29,6 +29,7 @@ class DataConfig:
 
     shards: tuple[str, ...]  # paths, globs or brace patterns
     latent_shape: tuple[int, int, int, int]  # [C, F, H, W] trained on; longer latents are cut to F frames
+    given_frames: tuple[int, ...] = (1, 2)  # model.condition=frames: latent frames that are given, drawn for each sample
     readers: int = 64  # virtual readers; the data-parallel size must divide them
     max_bad_samples: int = 100  # a run stops when one rank has skipped more
     prefetch: int = 2  # batches prepared ahead
@@ -179,8 +180,19 @@ class Config:
 
     def __post_init__(self) -> None:
         tokens_per_sample(self.model, self.data.latent_shape)
+        self._check_given_frames()
         if self.train.objective == "distill" and not self.distill.teacher:
             raise ValueError("distill.teacher is empty: train.objective=distill needs the folder of a teacher checkpoint")
+
+    def _check_given_frames(self) -> None:
+        frames, given = self.data.latent_shape[1], self.data.given_frames
+        if self.model.condition == "first_last" and frames < 2:
+            raise ValueError(f"data.latent_shape={list(self.data.latent_shape)}: model.condition=first_last needs two frames")
+        if self.model.condition == "frames" and not (given and all(0 <= n < frames for n in given)):
+            raise ValueError(
+                f"data.given_frames={list(given)}: each must lie between 0 and {frames - 1}, one fewer than the frames of "
+                f"data.latent_shape={list(self.data.latent_shape)}"
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

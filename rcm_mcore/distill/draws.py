@@ -29,6 +29,7 @@ class Draws:
     rollout_times: Tensor | None = None  # [N, b], falling from pi/2
     rollout_noise: Tensor | None = None  # [N, b, C, F, H, W], the start and the fresh noise of later steps
     dropped: Tensor | None = None  # [b] bool: samples that see the negative embedding
+    frames: Tensor | None = None  # [b] whole numbers: latent frames that are given (`model.condition=frames`)
 
     def rows(self, rows: Any) -> Draws:
         """The same for some samples."""
@@ -52,13 +53,17 @@ def draw(config: Config, phase: Phase, *, step: int, slots: tuple[int, ...]) -> 
     def gaussian(purpose: str) -> Tensor:
         return noise(purpose, shape, seed=seed, step=step, slots=slots)
 
+    frames = None
+    if config.model.condition == "frames":
+        choices = torch.tensor(config.data.given_frames)
+        picked = [torch.randint(len(choices), (), generator=generator("frames", seed=seed, step=step, slot=s)) for s in slots]
+        frames = choices[torch.tensor(picked, dtype=torch.int64)]
     if phase.kind == "pretrain":
         rate = config.pretrain.condition_dropout
         uniform = [float(torch.rand((), generator=generator("dropout", seed=seed, step=step, slot=s))) for s in slots]
-        return Draws(
-            t_g=times("time", config.pretrain.time), eps_g=gaussian("noise"), dropped=torch.tensor([u < rate for u in uniform])
-        )
-    draws: dict[str, Tensor] = {}
+        dropped = torch.tensor([u < rate for u in uniform])
+        return Draws(t_g=times("time", config.pretrain.time), eps_g=gaussian("noise"), dropped=dropped, frames=frames)
+    draws: dict[str, Tensor | None] = {"frames": frames}
     if phase.scm:
         draws |= dict(t_g=times("time-g", distill.time_g), eps_g=gaussian("noise-g"))
     if phase.rollout_steps:

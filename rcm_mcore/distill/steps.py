@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import Config
 from rcm_mcore.diffusion.trigflow import denoised, diffuse, over_sample, rf_time, trig_velocity
 from rcm_mcore.distill.draws import Draws
@@ -45,10 +46,10 @@ class Roles:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Samples of one forward: latents [b, C, F, H, W], text [b, X, text_dim], and their draws."""
+    """Samples of one forward: latents [b, C, F, H, W], what the networks are told of them, and their draws."""
 
     latents: Tensor
-    text: Tensor
+    condition: Condition
     draws: Draws
 
 
@@ -62,12 +63,13 @@ def pretrain_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
     draws = batch.draws
     assert draws.t_g is not None and draws.eps_g is not None and draws.dropped is not None, "draws of another phase"
     t, eps = draws.t_g, draws.eps_g
-    text = torch.where(draws.dropped[:, None, None], roles.negative, batch.text)
+    condition = batch.condition
+    condition = condition.with_text(torch.where(draws.dropped[:, None, None], roles.negative, condition.text))
     # Without finite latents there is no target; zeros stand in so that the forward stays finite.
     usable = _agree(finite_samples(batch.latents), roles)
     latents = torch.where(over_sample(usable), batch.latents, 0.0)
     x_s = diffuse(latents, eps, t) / over_sample(t.cos() + t.sin())
-    out, rows = _finite_forward(lambda r: roles.student(x_s[r], rf_time(t[r]), text[r]), len(t), roles)
+    out, rows = _finite_forward(lambda r: roles.student(x_s[r], rf_time(t[r]), condition.rows(r)), len(t), roles)
     metrics = _counters(out, rows, len(t)) | {"nonfinite_target": (~usable).sum()}
     if out is None:
         return None, metrics
@@ -83,13 +85,13 @@ def consistency_step(batch: MicroBatch, roles: Roles, config: Config, phase: Pha
     t = draws.t_g
     x_t = diffuse(batch.latents, draws.eps_g, t)
     with torch.no_grad():
-        teacher = trig_velocity(guided(roles.teacher, batch.text, roles.negative, distill.guidance), x_t, t)
+        teacher = trig_velocity(guided(roles.teacher, batch.condition, roles.negative, distill.guidance), x_t, t)
     speed = t.cos() * t.sin()
     x_dot = over_sample(speed) * primal(teacher)
 
     def run(rows: Tensor) -> MaybeDual:
         x, time = Dual(x_t[rows], x_dot[rows]), Dual(t[rows], speed[rows])
-        return trig_velocity(conditioned(roles.student, batch.text[rows]), x, time)
+        return trig_velocity(conditioned(roles.student, batch.condition.rows(rows)), x, time)
 
     out, rows = _finite_forward(run, len(t), roles)
     metrics = _counters(out, rows, len(t))
@@ -122,7 +124,7 @@ def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcom
 
     def run(rows: Tensor) -> Tensor:
         assert draws.rollout_times is not None and draws.rollout_noise is not None
-        student = conditioned(roles.student, batch.text[rows])
+        student = conditioned(roles.student, batch.condition.rows(rows))
         return rollout(student, draws.rollout_times[:, rows], draws.rollout_noise[:, rows])
 
     generated, rows = _finite_forward(run, count, roles)
@@ -130,11 +132,12 @@ def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcom
     if generated is None:
         return None, metrics
     assert isinstance(generated, Tensor)
-    t, text = draws.t_d[rows], batch.text[rows]
+    t, condition = draws.t_d[rows], batch.condition.rows(rows)
     with torch.no_grad():
         x_t = diffuse(generated.detach(), draws.eps_d[rows], t)
-        fake = denoised(x_t, t, trig_velocity(conditioned(roles.fake_score, text), x_t, t))
-        teacher = denoised(x_t, t, trig_velocity(guided(roles.teacher, text, roles.negative, distill.guidance), x_t, t))
+        fake = denoised(x_t, t, trig_velocity(conditioned(roles.fake_score, condition), x_t, t))
+        with_guidance = guided(roles.teacher, condition, roles.negative, distill.guidance)
+        teacher = denoised(x_t, t, trig_velocity(with_guidance, x_t, t))
         usable = _agree(finite_samples(fake) & finite_samples(teacher), roles)
         fake, teacher = (torch.where(over_sample(usable), x, generated.detach()) for x in (fake, teacher))
     losses, weight = score_distillation_loss(generated, fake, teacher)
@@ -155,14 +158,14 @@ def critic_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
     assert draws.rollout_times is not None and draws.rollout_noise is not None, "draws of another phase"
     t, eps = draws.t_d, draws.eps_d
     with torch.no_grad():
-        generated = rollout(conditioned(roles.student, batch.text), draws.rollout_times, draws.rollout_noise)
+        generated = rollout(conditioned(roles.student, batch.condition), draws.rollout_times, draws.rollout_noise)
     # A sample that the student could not make is no target; zeros stand in so that the forward stays finite.
     usable = _agree(finite_samples(generated), roles)
     generated = torch.where(over_sample(usable), generated, 0.0)
     x_t = diffuse(generated, eps, t)
 
     def run(rows: Tensor) -> MaybeDual:
-        return trig_velocity(conditioned(roles.fake_score, batch.text[rows]), x_t[rows], t[rows])
+        return trig_velocity(conditioned(roles.fake_score, batch.condition.rows(rows)), x_t[rows], t[rows])
 
     out, rows = _finite_forward(run, len(t), roles)
     metrics = _counters(out, rows, len(t)) | {"nonfinite_target": (~usable).sum()}

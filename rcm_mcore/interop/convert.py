@@ -1,61 +1,88 @@
-"""Conversion of Wan2.1 text-to-video weights between file formats, each read into and written from the hub names."""
+"""Conversion of Wan2.1 and Cosmos-Predict2 weights between file formats, each read into and written from the hub names.
+
+Weights are read, renamed, cast and written one tensor at a time: memory holds a layer's worth, whatever the network.
+"""
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from rcm_mcore.config import SIZES
-from rcm_mcore.interop import files, wan_names
-from rcm_mcore.interop.files import Progress
-from rcm_mcore.interop.wan_names import RELEASED_HEAD_DIM, Tensors, WanShape
+from rcm_mcore.config import ModelConfig, parse_model
+from rcm_mcore.interop import maps
+from rcm_mcore.interop.dcp import open_folder
+from rcm_mcore.interop.destination import atomic_destination, check_destination, verify
+from rcm_mcore.interop.diffusers_folder import WEIGHTS, read_diffusers, write_diffusers
+from rcm_mcore.interop.files import (
+    MAX_SHARD_BYTES,
+    SAFETENSORS_SUFFIX,
+    TORCH_SUFFIXES,
+    Progress,
+    open_tensors,
+    read_json,
+    save_shards,
+    save_tensors,
+    write_json,
+)
+from rcm_mcore.interop.lazy import LazyTensor, Weight, Weights, lazily
+from rcm_mcore.interop.pipeline import PipelineOptions, check_base, write_pipeline
 
 _log = logging.getLogger(__name__)
 
-# field of a run's `model` section -> field of WanShape; channels out are channels in
-_MODEL_FIELDS = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_heads",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "in_channels": "in_channels",
-    "patch_size": "patch_size",
-    "freq_dim": "freq_dim",
-    "text_dim": "text_dim",
-    "text_len": "text_len",
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a source may need to be told."""
+
+    which: str = "student"  # student, ema or fake_score
+    head_dim: int | None = None  # head width, where the source does not tell it; default 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What a target may be told."""
+
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    pipeline: PipelineOptions | None = None
+    progress: Progress | None = None
 
 
 class Reader(Protocol):
-    """Reads (hub tensors, sizes) from a path; head_dim is used by formats that do not tell it."""
+    """Reads (hub weights, network) from a path."""
 
-    def __call__(self, path: Path, head_dim: int, /) -> tuple[Tensors, WanShape]: ...
+    def __call__(self, path: Path, options: ReadOptions, /) -> tuple[Weights, ModelConfig]: ...
 
 
 class Writer(Protocol):
-    """Writes hub tensors to a path that does not exist yet."""
+    """Writes hub weights to a path that does not exist yet."""
 
-    def __call__(self, path: Path, hub: Tensors, shape: WanShape, progress: Progress | None, /) -> None: ...
+    def __call__(self, path: Path, hub: Weights, model: ModelConfig, options: WriteOptions, /) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one format is read and written."""
+    """How one format is read and, unless it is only read, written."""
 
     read: Reader
-    write: Writer
+    write: Writer | None = None
     suffixes: tuple[str, ...] = ()  # endings of the file that it writes; none: it writes a folder
+    folder: bool = False  # a destination without one of the suffixes is a folder
+    family: str | None = None  # the only family it holds
+    several: bool = False  # holds several networks
     fp32_islands: bool = False  # a cast to bfloat16 leaves in float32 what the format's loader keeps there
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a conversion wrote: sizes of the network, tensors (by hub names), parameters, bytes of the tensors."""
+    """What a conversion wrote: the network, tensors (by hub names), parameters, bytes of the tensors."""
 
-    shape: WanShape
+    model: ModelConfig
     tensors: int
     parameters: int
     bytes: int
@@ -68,142 +95,211 @@ def convert(
     dst: Path,
     *,
     dtype: torch.dtype | None = None,
-    head_dim: int | None = None,
+    read: ReadOptions | None = None,
+    write: WriteOptions | None = None,
     formats: Mapping[str, Format] | None = None,
-    progress: Progress | None = None,
 ) -> Summary:
     """Converts src to dst, bit-exactly unless dtype is given; dst appears when it is complete, or not at all.
 
-    dtype: of the written tensors; None keeps each tensor's. A diffusers folder cast to bfloat16 keeps in float32 what
+    dtype: of the written tensors; None keeps each tensor's. A Wan diffusers folder cast to bfloat16 keeps in float32 what
         diffusers loads in float32: the time embedding, the modulations and the cross-attention norms.
-    head_dim: head width, where the source does not tell it (`wan`, `rcm`); default 128, that of the released networks.
     formats: name -> Format; default FORMATS.
-    progress: called with (bytes done, bytes in all) as tensors are written.
 
-    Raises: ValueError for an unknown format, an unreadable source, a source that is not a Wan2.1 text-to-video network
-        or not of the sizes that its configuration says, and an existing destination; OSError when writing fails.
+    Raises: ValueError for an unknown format, an unreadable source, a source that is no network of a known kind or not of
+        the sizes that its configuration says, and an existing destination; OSError when writing fails.
     """
     known = FORMATS if formats is None else formats
+    read, write = read or ReadOptions(), write or WriteOptions()
     for name in (src_format, dst_format):
         if name not in known:
             raise ValueError(f"format {name!r}: must be one of {', '.join(known)}")
     source, target = known[src_format], known[dst_format]
-    if head_dim is not None and head_dim < 1:
-        raise ValueError(f"head_dim={head_dim}: must be at least 1")
-    files.check_destination(dst, target.suffixes)  # before minutes of reading
+    _check_options(src_format, dst_format, source, target, read=read, write=write)
+    check_destination(dst, target.suffixes, folder=target.folder)  # before minutes of reading
     try:
-        hub, shape = source.read(src, RELEASED_HEAD_DIM if head_dim is None else head_dim)
-        wan_names.check_hub(hub, shape)
+        hub, model = source.read(src, read)
+        maps.check_hub(hub, model)
     except ValueError as error:
         raise ValueError(str(error) if str(src) in str(error) else f"{src}: {error}") from error
-    if head_dim is not None and head_dim != shape.head_dim:
-        raise ValueError(f"head_dim={head_dim}: {src} says that its heads are {shape.head_dim} wide")
+    if read.head_dim not in (None, model.head_dim):
+        raise ValueError(f"head_dim={read.head_dim}: {src} says that its heads are {model.head_dim} wide")
+    for name, known_format in ((src_format, source), (dst_format, target)):
+        if known_format.family not in (None, model.family):
+            raise ValueError(f"{src} holds a network of the family {model.family}, {name} files one of {known_format.family}")
+    if write.pipeline is not None:
+        check_base(write.pipeline, model)
     if dtype is not None:
-        hub = {name: tensor.to(_target_dtype(name, dtype, target)) for name, tensor in hub.items()}
-    with files.atomic_destination(dst, target.suffixes) as partial:
-        target.write(partial, hub, shape, progress)
-    tensors = hub.values()
+        hub = {name: _cast(weight, _target_dtype(name, dtype, model, target)) for name, weight in hub.items()}
+    assert target.write is not None  # checked above
+    with atomic_destination(dst, target.suffixes, folder=target.folder) as unfinished:
+        target.write(unfinished, hub, model, write)
+    weights = hub.values()
     summary = Summary(
-        shape=shape,
+        model=model,
         tensors=len(hub),
-        parameters=sum(tensor.numel() for tensor in tensors),
-        bytes=sum(tensor.nbytes for tensor in tensors),
+        parameters=sum(weight.numel() for weight in weights),
+        bytes=sum(weight.nbytes for weight in weights),
     )
     _log.info("%s: %s", dst, summary)
     return summary
 
 
+def _check_options(
+    src_format: str, dst_format: str, source: Format, target: Format, *, read: ReadOptions, write: WriteOptions
+) -> None:
+    if target.write is None:
+        raise ValueError(f"format {dst_format!r}: it can only be read")
+    if read.which != "student" and not source.several:
+        raise ValueError(f"--which {read.which}: a {src_format} source holds one network only")
+    if read.head_dim is not None and read.head_dim < 1:
+        raise ValueError(f"head_dim={read.head_dim}: must be at least 1")
+    if write.max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={write.max_shard_bytes}: must be at least 1")
+    if write.pipeline is not None and dst_format != "diffusers":
+        raise ValueError(f"--pipeline {write.pipeline.base}: only a diffusers destination can be a whole pipeline")
+
+
 def network_format(
-    read_network: Callable[[Path], tuple[Tensors, Mapping[str, Any]]],
-    write_network: Callable[[Path, Tensors, Mapping[str, Any]], None],
+    read_network: Callable[[Path, str], tuple[Weights, Mapping[str, Any]]],
+    write_network: Callable[[Path, Weights, Mapping[str, Any], Progress | None], None],
 ) -> Format:
     """The format `mcore`, from the functions that read and write our checkpoints, which live in a layer above.
 
-    read_network: path -> (full tensors under our names, `model` section of the configuration).
-    write_network: makes a checkpoint of full tensors under our names, with a `model` section, at a new path.
+    read_network: path, which -> (whole weights under our names, `model` section of the configuration).
+    write_network: makes a checkpoint of whole weights under our names, with a `model` section, at a new path.
     """
 
-    def read(path: Path, head_dim: int) -> tuple[Tensors, WanShape]:
-        tensors, model = read_network(path)
-        shape = shape_of_model(model)
-        return wan_names.mcore_to_hub(tensors, shape), shape
+    def read(path: Path, options: ReadOptions) -> tuple[Weights, ModelConfig]:
+        weights, section = read_network(path, options.which)
+        model = model_of_section(section)
+        return maps.mcore_to_hub(weights, model), model
 
-    def write(path: Path, hub: Tensors, shape: WanShape, progress: Progress | None) -> None:
-        write_network(path, wan_names.hub_to_mcore(hub, shape), model_of_shape(shape))
-        if progress is not None:
-            total = sum(tensor.nbytes for tensor in hub.values())
-            progress(total, total)
+    def write(path: Path, hub: Weights, model: ModelConfig, options: WriteOptions) -> None:
+        write_network(path, maps.hub_to_mcore(hub, model), section_of_model(model), options.progress)
 
-    return Format(read=read, write=write)
+    return Format(read=read, write=write, several=True)
 
 
-def shape_of_model(model: Mapping[str, Any]) -> WanShape:
-    """The sizes in a resolved `model` section of a run's configuration.
+def model_of_section(section: Mapping[str, Any]) -> ModelConfig:
+    """The network of a resolved `model` section of a run's configuration.
 
-    Raises: ValueError when a size is missing, or eps is not 1e-6, which the other formats take for granted.
+    Raises: ValueError for a section that is none, or an eps other than 1e-6, which the other formats take for granted.
     """
-    if model.get("eps", 1e-6) != 1e-6:
-        raise ValueError(f"model.eps={model['eps']}: only networks with 1e-6 can be converted")
-    names = {field: ours for ours, field in _MODEL_FIELDS.items()}
-    missing = [ours for field, ours in names.items() if ours not in model]
-    if missing:
-        raise ValueError(f"the checkpoint's model section lacks {', '.join(missing)}")
-    sizes = {field: model[ours] for field, ours in names.items()}
-    sizes["patch_size"] = tuple(sizes["patch_size"])
-    return WanShape(**sizes, out_channels=sizes["in_channels"])
+    model = parse_model(dict(section))
+    if model.eps != 1e-6:
+        raise ValueError(f"model.eps={model.eps}: only networks with 1e-6 can be converted")
+    return model
 
 
-def model_of_shape(shape: WanShape) -> dict[str, Any]:
-    """A `model` section with these sizes, the rest left to its defaults.
-
-    Raises: ValueError when there are not as many channels out as in, which our network cannot be.
-    """
-    if shape.in_channels != shape.out_channels:
-        raise ValueError(
-            f"in_channels={shape.in_channels}, out_channels={shape.out_channels}: must be equal in a mcore network"
-        )
-    model = {ours: getattr(shape, field) for ours, field in _MODEL_FIELDS.items()}
-    model["patch_size"] = list(shape.patch_size)
-    named = (name for name, sizes in SIZES["wan"].items() if sizes.items() <= model.items())
-    return {"size": next(named, "tiny"), **model}  # the size is a name only: every field is given
+def section_of_model(model: ModelConfig) -> dict[str, Any]:
+    """The `model` section of a network, every field given."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model).items()}
 
 
-def _target_dtype(name: str, dtype: torch.dtype, target: Format) -> torch.dtype:
+def _cast(weight: Weight, dtype: torch.dtype) -> Weight:
+    return weight if weight.dtype == dtype else lazily(lambda tensor: tensor.to(dtype), weight)
+
+
+def _target_dtype(name: str, dtype: torch.dtype, model: ModelConfig, target: Format) -> torch.dtype:
     island = name.endswith("modulation") or name.startswith("time_embedding.") or ".norm3." in name
-    return torch.float32 if island and target.fp32_islands and dtype == torch.bfloat16 else dtype
+    keep = island and model.family == "wan" and target.fp32_islands and dtype == torch.bfloat16
+    return torch.float32 if keep else dtype
 
 
-def _read_diffusers(path: Path, head_dim: int) -> tuple[Tensors, WanShape]:
-    tensors, shape = files.read_diffusers(path)
-    return wan_names.diffusers_to_hub(tensors), shape
+def _read_diffusers(path: Path, options: ReadOptions) -> tuple[Weights, ModelConfig]:
+    weights, model = read_diffusers(path)
+    return maps.diffusers_to_hub(weights), model
 
 
-def _write_diffusers(path: Path, hub: Tensors, shape: WanShape, progress: Progress | None) -> None:
-    files.write_diffusers(path, wan_names.hub_to_diffusers(hub), shape, progress=progress)
+def _write_diffusers(path: Path, hub: Weights, model: ModelConfig, options: WriteOptions) -> None:
+    weights = maps.hub_to_diffusers(hub)
+    place = path
+    if options.pipeline is not None:
+        write_pipeline(path, options.pipeline, model)
+        place = path / "transformer"
+    write_diffusers(place, weights, model, max_shard_bytes=options.max_shard_bytes, progress=options.progress)
 
 
-def _read_wan(path: Path, head_dim: int) -> tuple[Tensors, WanShape]:
-    hub = wan_names.wan_to_hub(files.load_tensors(path))
-    return hub, wan_names.infer_shape(hub, head_dim=head_dim)
+def _read_files(
+    to_hub: Callable[..., dict[str, Weight]],
+    open_source: Callable[[Path], Mapping[str, LazyTensor]],
+    path: Path,
+    options: ReadOptions,
+) -> tuple[Weights, ModelConfig]:
+    """Files that tell nothing but tensors."""
+    hub = to_hub(open_source(path), which=options.which)
+    return hub, maps.infer_model(hub, head_dim=options.head_dim)
 
 
-def _write_wan(path: Path, hub: Tensors, shape: WanShape, progress: Progress | None) -> None:
-    files.save_tensors(path, hub, progress=progress)
+def _open_verified(path: Path) -> Mapping[str, LazyTensor]:
+    weights = open_tensors(path)
+    verify(path)
+    return weights
 
 
-def _read_rcm(path: Path, head_dim: int) -> tuple[Tensors, WanShape]:
-    hub = wan_names.rcm_to_hub(files.load_tensors(path))
-    return hub, wan_names.infer_shape(hub, head_dim=head_dim)
+def _read_wan(path: Path, options: ReadOptions) -> tuple[Weights, ModelConfig]:
+    """The official config.json of a folder, where it has one, tells the width of a head."""
+    if options.head_dim is None and path.is_dir() and (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        if isinstance(dim := config.get("dim"), int) and isinstance(heads := config.get("num_heads"), int) and heads > 0:
+            options = ReadOptions(which=options.which, head_dim=dim // heads)
+    return _read_files(maps.official_to_hub, _open_verified, path, options)
 
 
-def _write_rcm(path: Path, hub: Tensors, shape: WanShape, progress: Progress | None) -> None:
-    if shape.patch_size != (1, 2, 2):
-        raise ValueError(f"patch_size={shape.patch_size}: an rCM file can only hold networks with (1, 2, 2)")
-    files.save_tensors(path, wan_names.hub_to_rcm(hub), progress=progress)
+def _write_wan(path: Path, hub: Weights, model: ModelConfig, options: WriteOptions) -> None:
+    if path.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
+        save_tensors(path, hub, progress=options.progress)
+        return
+    path.mkdir()
+    write_json(path / "config.json", _official_config(model))
+    save_shards(path, WEIGHTS, hub, max_shard_bytes=options.max_shard_bytes, progress=options.progress)
+
+
+def _official_config(model: ModelConfig) -> dict[str, Any]:
+    """config.json of the official WanModel."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": {"text": "t2v", "image": "i2v", "first_last": "flf2v"}[model.condition],
+        "dim": model.hidden_size,
+        "eps": model.eps,
+        "ffn_dim": model.ffn_hidden_size,
+        "freq_dim": model.freq_dim,
+        "in_dim": model.patch_channels,
+        "num_heads": model.num_attention_heads,
+        "num_layers": model.num_layers,
+        "out_dim": model.in_channels,
+        "text_len": model.text_len,
+    }
+
+
+def _write_rcm(path: Path, hub: Weights, model: ModelConfig, options: WriteOptions) -> None:
+    if model.patch_size != (1, 2, 2):
+        raise ValueError(f"patch_size={model.patch_size}: an rCM file can only hold networks with (1, 2, 2)")
+    save_tensors(path, maps.hub_to_rcm(hub), progress=options.progress)
+
+
+def _open_rcm_dcp(path: Path) -> Mapping[str, LazyTensor]:
+    """Tensors of a training checkpoint of rCM: a folder of tensors, an iteration's, or a run's with iterations."""
+    iterations = sorted(p for p in path.glob("iter_*") if p.is_dir() and p.name.removeprefix("iter_").isdigit())
+    tried = (path, path / "model", *((iterations[-1] / "model",) if iterations else ()))
+    folder = next((place for place in tried if (place / ".metadata").is_file()), None)
+    if folder is None:
+        raise ValueError(f"{path}: no checkpoint of rCM's training: no .metadata in {', '.join(str(place) for place in tried)}")
+    return open_folder(folder)
 
 
 FORMATS: Mapping[str, Format] = {
     "diffusers": Format(read=_read_diffusers, write=_write_diffusers, fp32_islands=True),
-    "wan": Format(read=_read_wan, write=_write_wan, suffixes=(*files.TORCH_SUFFIXES, files.SAFETENSORS_SUFFIX)),
-    "rcm": Format(read=_read_rcm, write=_write_rcm, suffixes=files.TORCH_SUFFIXES),
+    "wan": Format(read=_read_wan, write=_write_wan, suffixes=(*TORCH_SUFFIXES, SAFETENSORS_SUFFIX), folder=True, family="wan"),
+    "cosmos": Format(
+        read=partial(_read_files, maps.official_to_hub, _open_verified),
+        write=_write_rcm,
+        suffixes=TORCH_SUFFIXES,
+        family="cosmos",
+        several=True,
+    ),
+    "rcm": Format(
+        read=partial(_read_files, maps.rcm_to_hub, _open_verified), write=_write_rcm, suffixes=TORCH_SUFFIXES, several=True
+    ),
+    "rcm_dcp": Format(read=partial(_read_files, maps.rcm_to_hub, _open_rcm_dcp), several=True),
 }

@@ -16,16 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm_mcore import dual
+from rcm_mcore.condition import Condition
 from rcm_mcore.dual import Dual, MaybeDual, primal
 from rcm_mcore.parallel.mesh import Mesh
 
 
 class Call(NamedTuple):
-    """The arguments of a network: x [B, C, F, H, W], s [B], text [B, X, text_dim]."""
+    """The arguments of a network: x [B, C, F, H, W], s [B], and what it is told besides."""
 
     x: MaybeDual
     s: MaybeDual
-    text: Tensor
+    condition: Condition
 
 
 @dataclass
@@ -88,7 +89,8 @@ class Stages:
         first = self._mesh.pp_group.rank() == 0
         if first and chunk == 0:
             return None
-        hidden = torch.empty(network.hidden_shape(call.x), dtype=network.config.pipeline_dtype, device=call.text.device)
+        device = call.condition.text.device
+        hidden = torch.empty(network.hidden_shape(call.x), dtype=network.config.pipeline_dtype, device=device)
         work = dist.irecv(hidden, self._before, group=self._mesh.groups.embd if first else self._mesh.pp_group)
         return Coming(hidden, work)
 
@@ -106,19 +108,19 @@ class Stages:
             value = dual.stack(output, 0).contiguous()
         else:
             batch, *sizes = primal(call.x).shape
-            value = torch.empty(batch * (1 + is_dual), *sizes, dtype=network.output_dtype, device=call.text.device)
+            value = torch.empty(batch * (1 + is_dual), *sizes, dtype=network.output_dtype, device=call.condition.text.device)
         work = dist.broadcast(value, self._last, group=self._mesh.results_group, async_op=True)
         return Coming(value, work, is_dual)
 
 
-def as_function(network: Any, mesh: Mesh) -> Callable[[MaybeDual, MaybeDual, Tensor], Any]:
-    """`network` on every stage of `mesh` as a function of x, s and text, without gradients."""
+def as_function(network: Any, mesh: Mesh) -> Callable[[MaybeDual, MaybeDual, Condition], Any]:
+    """`network` on every stage of `mesh` as a function of x, s and condition, without gradients."""
     if mesh.pp_size == 1:
         return network
     stages = Stages(mesh)
 
-    def run(x: MaybeDual, s: MaybeDual, text: Tensor) -> MaybeDual:
-        (output,) = stages.forward(network, [Call(x, s, text)])
+    def run(x: MaybeDual, s: MaybeDual, condition: Condition) -> MaybeDual:
+        (output,) = stages.forward(network, [Call(x, s, condition)])
         value = output.wait()
         stages.finish()
         return value

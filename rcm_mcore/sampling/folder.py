@@ -29,6 +29,8 @@ from torch import Tensor
 
 from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import media
+from rcm_mcore.data.digits import DigitCodec
+from rcm_mcore.evaluation.report import write_gif
 from rcm_mcore.sampling.request import Draw, SampleRequest, draws_of, time_steps
 from rcm_mcore.sampling.sampler import Sampler
 
@@ -73,14 +75,14 @@ class SampleFolder:
 
     def _is_complete(self) -> bool:
         """Whether all is there already."""
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(path.name.startswith(".") for path in self.path.iterdir()):
             return False
         file = self.path / "samples.json"
         if not file.is_file():
             raise ValueError(f"--out {self.path} is not empty and holds no samples.json: choose another folder or remove it")
         try:
             there = json.loads(file.read_text(encoding="utf-8"))
-            sections = {name: there[name] for name in self._asked}
+            sections = {name: dict(there[name]) for name in self._asked}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is not of this program: choose another folder or remove it") from None
         for name, asked in self._asked.items():
@@ -95,6 +97,8 @@ class SampleFolder:
 
     def begin(self, sampler: Sampler) -> None:
         """On rank 0: say what will be made."""
+        if not (self.path / "samples.json").is_file():
+            shutil.rmtree(self._parts, ignore_errors=True)  # of nobody knows what
         self._parts.mkdir(parents=True, exist_ok=True)
         for partial in self.path.glob(".*.partial"):  # of a run that was killed
             partial.unlink()
@@ -133,12 +137,10 @@ class SampleFolder:
         latents = torch.stack([self.load_part(draw) for draw in self.draws])
         _publish(self._latents, {"latents": latents})
         if self._output.codec is not None:
-            from rcm_mcore.data.digits import DigitCodec
-            from rcm_mcore.evaluation.report import write_gif
-
             videos = DigitCodec.load(self._output.codec).decode(latents)
             _publish(self.path / "videos.safetensors", {"videos": videos.contiguous()})
-            write_gif(videos[:40], self.path / "videos.gif")
+            write_gif(videos[:40], self.path / ".videos.gif.partial")
+            os.replace(self.path / ".videos.gif.partial", self.path / "videos.gif")
         if self._output.vae is not None:
             cells = []
             for draw in self.draws:
@@ -147,7 +149,7 @@ class SampleFolder:
             media.write_contact_sheet(self.path / "contact_sheet.png", cells)
         timing = {"seconds": seconds, "seconds_per_video": seconds / sampled if sampled else None, "timed_videos": sampled}
         self._write_facts(sampler, complete=True, **timing)
-        shutil.rmtree(self._parts)
+        shutil.rmtree(self._parts, ignore_errors=True)
 
     def _part(self, draw: Draw) -> Path:
         return self._parts / f"{draw.number}.safetensors"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm_mcore.data import media
+from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE, find_vae
 from rcm_mcore.sampling.background import Background
 from rcm_mcore.sampling.folder import Output, SampleFolder
@@ -25,17 +26,21 @@ def check_output(request: SampleRequest, output: Output, world_size: int) -> Non
     """ValueError naming what is wrong with a request or what it should be written as, before anything is loaded."""
     model = check(request, world_size)
     draws_of(request)
+    if model.condition != "text":
+        raise ValueError(
+            f"--checkpoint {request.checkpoint}: model.condition={model.condition}, but this program gives a network prompts "
+            "alone; rcm_mcore.sampling.Sampler takes given frames"
+        )
     if output.codec is not None and output.vae is not None:
         raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
     if not output.fps > 0:
         raise ValueError(f"--fps {output.fps}: must be positive")
-    if output.vae is not None:
-        _, config = find_vae(output.vae)
-        channels = config.get("z_dim", 16)
+    for flag, path in (("vae", output.vae), ("codec", output.codec)):
+        if path is None:
+            continue
+        channels = find_vae(path)[1].get("z_dim", 16) if flag == "vae" else DigitCodec.load(path).channels
         if channels != model.in_channels:
-            raise ValueError(
-                f"--vae {output.vae}: its latents have {channels} channels, those of the network {model.in_channels}"
-            )
+            raise ValueError(f"--{flag} {path}: its latents have {channels} channels, the network's {model.in_channels}")
 
 
 def generate(request: SampleRequest, output: Output) -> None:

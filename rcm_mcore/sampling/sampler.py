@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rcm_mcore.checkpoint import load_network
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import resolve_mesh
-from rcm_mcore.data import load_embedding, pad_text, text
+from rcm_mcore.data import load_embedding, pad_text
 from rcm_mcore.diffusion.samplers import TensorVelocity, sample_few_step, sample_ode
 from rcm_mcore.diffusion.trigflow import Velocity
 from rcm_mcore.distill.roles import Network, guided
-from rcm_mcore.models.wan import build_wan
+from rcm_mcore.models import build_model
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.stages import as_function
 from rcm_mcore.sampling.request import Draw, SamplerConfig, SampleRequest, check, draws_of, time_steps
+
+if TYPE_CHECKING:
+    from rcm_mcore.data.text import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,11 @@ class Sampler:
         resolved, self.context_parallelism = resolve_mesh(self.model, config.mesh, ranks_per_node=local)
         self.mesh = make_mesh(resolved)
         self.seconds = 0.0  # in the samplers, the first forward apart
-        self._encoder: text.TextEncoder | None = None
+        self._encoder: TextEncoder | None = None
         self._is_warm = False
         self._network: Network | None = None
         try:
-            net = build_wan(self.model, resolved, self.mesh.groups, seed=None, trainable=False)
+            net = build_model(self.model, resolved, self.mesh.groups, seed=None, trainable=False)
             load_network(net, config.checkpoint, which=config.which, dp_cp_group=self.mesh.groups.dp_cp)
             self._network = as_function(net, self.mesh)
             self._negative = self._load_negative()
@@ -92,13 +96,19 @@ class Sampler:
         """Text rows [n_i, text_dim] of the prompts, float32 on the CPU; every one is encoded once.
 
         The encoder is loaded by the first call, on this rank's device and in the network's dtype (float32 for a wider one), and
-        stays until `free_text_encoder`.
+        stays until `free_text_encoder`. Raises ValueError for a prompt longer than the network's text.
         """
         if self._encoder is None:
+            from rcm_mcore.data.text import TextEncoder  # its tokenizer is not needed where text is encoded already
+
             dtype = min(getattr(torch, self.model.dtype), torch.float32, key=lambda d: d.itemsize)
-            self._encoder = text.TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
+            self._encoder = TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
         different = list(dict.fromkeys(prompts))
         rows = dict(zip(different, self._encoder.encode(different)))
+        for prompt, encoded in rows.items():
+            if len(encoded) > self.model.text_len:
+                most = f"the network reads at most model.text_len={self.model.text_len}"
+                raise ValueError(f"prompt {prompt[:60]!r} has {len(encoded)} tokens: {most}")
         return [rows[prompt] for prompt in prompts]
 
     def free_text_encoder(self) -> None:
@@ -109,7 +119,14 @@ class Sampler:
                 torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def latents(self, indices: Sequence[int], rows: Sequence[Tensor], *, seeds: Sequence[int] | None = None) -> Tensor:
+    def latents(
+        self,
+        indices: Sequence[int],
+        rows: Sequence[Tensor],
+        *,
+        seeds: Sequence[int] | None = None,
+        given: Condition | None = None,
+    ) -> Tensor:
         """One batch of samples: latents [n, C, F, H, W], float32 on the CPU.
 
         Collective over the ranks that work on the same samples.
@@ -118,8 +135,9 @@ class Sampler:
             indices: of the samples. The noise of one depends on its seed and its index alone, not on the batch or the mesh.
             rows: of text, [n_i, text_dim] each.
             seeds: one for each sample; that of the configuration if left out.
+            given: frames and images of networks that are told of some (`model.condition`); its text is not looked at.
         """
-        velocity = self._velocity(rows)
+        velocity = self._velocity(rows, given)
         noises = self._noises(indices, [self.config.seed] * len(indices) if seeds is None else seeds)
         if not self._is_warm:  # the first call pays for allocations and compilation
             velocity(noises[0], noises[0].new_full((len(indices),), 0.9))
@@ -143,11 +161,13 @@ class Sampler:
                 yield batch, self.latents(indices, rows[start : start + batch_size], seeds=seeds)
                 bar.update(min(len(batch) * self.mesh.dp_size, len(draws) - bar.n))
 
-    def _velocity(self, rows: Sequence[Tensor]) -> Velocity:
-        """The network on this text: the only place where text reaches it."""
-        padded = torch.stack([pad_text(r, self.model.text_len) for r in rows]).to(self.mesh.device)
+    def _velocity(self, rows: Sequence[Tensor], given: Condition | None) -> Velocity:
+        """The network under this condition: the only place where text reaches it."""
+        padded = torch.stack([pad_text(r, self.model.text_len) for r in rows])
+        condition = Condition(padded) if given is None else given.with_text(padded)
         assert self._network is not None, "the sampler is closed"
-        return guided(self._network, padded, self._negative.to(padded), self.config.guidance)
+        negative = self._negative.to(self.mesh.device)
+        return guided(self._network, condition.map(lambda value: value.to(self.mesh.device)), negative, self.config.guidance)
 
     def _noises(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Tensor]:
         """The start noise, and for the few-step sampler the fresh noise of each later step."""

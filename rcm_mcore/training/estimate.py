@@ -15,16 +15,18 @@ estimate of activations is too low.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, microbatches_of_a_chunk, tokens_per_sample
-from rcm_mcore.interop import expected_shapes, shape_of_model
+from rcm_mcore.interop import expected_shapes
 
 GIB = 2**30
 WORKING = 150
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Parameters of a block that tensor parallelism does not split (hub names).
-_WHOLE = ("modulation", "norm3.weight", "norm3.bias", "o.bias", "ffn.2.bias")
+# Parameters that tensor parallelism does not split, within a block, and those of embedders (hub names).
+_WHOLE = ("modulation", "norm3.weight", "norm3.bias", "ffn.2.bias")
+_WHOLE_ENDINGS = (".o.bias", "_attn.q_norm.weight", "_attn.k_norm.weight")
+_EMBEDDERS = ("text_embedding", "time_embedding", "time_projection", "img_emb", "t_embedder", "t_embedding_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,8 @@ def _kept_of_a_chunk(config: Config) -> int:
     """Bytes that a chunk of layers keeps besides its layers: its message, and the time embedder's weights in float32."""
     model = config.model
     message = 2 * _rows(config) * model.hidden_size * _residual_width(config) if config.mesh.pp > 1 else 0
-    weights = model.hidden_size * (7 * model.hidden_size + model.freq_dim)
+    width = model.hidden_size
+    weights = width * (7 * width + model.freq_dim) if model.family == "wan" else 4 * width * width
     return message + (4 * weights if model.dtype == "bfloat16" else 0)
 
 
@@ -142,17 +145,17 @@ def _parameters(config: Config) -> tuple[int, int]:
     model, mesh = config.model, config.mesh
     stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
     counts, embedders = [0] * mesh.pp, 0
-    for name, shape in expected_shapes(shape_of_model(asdict(model))).items():
+    for name, shape in expected_shapes(model).items():
         size = math.prod(shape)
         if name.startswith("blocks."):
             _, layer, rest = name.split(".", 2)
-            whole = rest in _WHOLE or rest.endswith(".o.bias")
+            whole = rest in _WHOLE or rest.endswith(_WHOLE_ENDINGS) or rest.startswith("adaln_modulation")
             stage = next(i for i, chunks in enumerate(stages) if any(int(layer) in chunk for chunk in chunks))
             counts[stage] += size if whole else size // mesh.tp
-        elif name.startswith(("text_embedding", "time_embedding", "time_projection")):
+        elif name.startswith(_EMBEDDERS):
             embedders += size
         else:
-            counts[0 if name.startswith("patch_embedding") else -1] += size
+            counts[0 if name.startswith(("patch_embedding", "x_embedder")) else -1] += size
     return max(counts), embedders
 
 

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import nn
 
 from rcm_mcore.config import Config, ModelConfig
-from rcm_mcore.models.wan import WanModel, build_wan
+from rcm_mcore.models import DiffusionTransformer, build_model
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.optim import NetworkOptimizer, make_optimizer
 from rcm_mcore.training.schedule import learning_rate
@@ -21,7 +21,7 @@ class Trained:
     """A network that learns. `steps` counts its optimizer steps, of `total_steps` in the run."""
 
     name: str  # its prefix in checkpoints
-    net: WanModel
+    net: DiffusionTransformer
     ddp: DistributedDataParallel
     optimizer: NetworkOptimizer
     peak_lr: float
@@ -41,21 +41,23 @@ class Trained:
         return learning_rate(config.optim, self.peak_lr, self.steps, self.total_steps)
 
 
-def build_network(model: ModelConfig, mesh: Mesh, *, seed: int | None = None, trainable: bool) -> WanModel:
+def build_network(model: ModelConfig, mesh: Mesh, *, seed: int | None = None, trainable: bool) -> DiffusionTransformer:
     """A network on this rank's device, whose weights are to be loaded unless there is a seed for them."""
-    return build_wan(model, mesh.config, mesh.groups, seed=seed, trainable=trainable)
+    return build_model(model, mesh.config, mesh.groups, seed=seed, trainable=trainable)
 
 
 def make_trained(
-    name: str, net: WanModel, config: Config, mesh: Mesh, *, peak_lr: float, total_steps: int, has_ema: bool
+    name: str, net: DiffusionTransformer, config: Config, mesh: Mesh, *, peak_lr: float, total_steps: int, has_ema: bool
 ) -> Trained:
-    """Wrap a network, whose weights are already there, for training under `mesh`."""
+    """Wrap a network, whose weights are already there, for training under `mesh`; it sleeps until its first step."""
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=config.optim.overlap_grad_reduce
     )
     ddp = DistributedDataParallel(net.config, ddp_config, net, pg_collection=mesh.groups)
     optimizer = make_optimizer(config.optim, ddp, mesh, lr=peak_lr, has_ema=has_ema)
-    return Trained(name, net, ddp, optimizer, peak_lr, total_steps)
+    trained = Trained(name, net, ddp, optimizer, peak_lr, total_steps)
+    trained.sleep()
+    return trained
 
 
 def finalize_on(trained: Trained, finalize: bool) -> None:

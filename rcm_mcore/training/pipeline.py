@@ -18,10 +18,11 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import microbatches_of_a_chunk
 from rcm_mcore.distill.steps import MicroBatch, MicroBatchStep, Roles, targets_follow_output
 from rcm_mcore.dual import MaybeDual, primal
-from rcm_mcore.models.wan import WanModel
+from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.parallel.stages import Call, Coming, Stages
 from rcm_mcore.training.networks import Trained
@@ -63,12 +64,12 @@ class _Replay:
         except _WantedError as wanted:
             return None, wanted.call
 
-    def _answer(self, role: str, x: MaybeDual, s: MaybeDual, text: Tensor) -> Any:
+    def _answer(self, role: str, x: MaybeDual, s: MaybeDual, condition: Condition) -> Any:
         self.calls += 1
         if self.calls <= len(self.known):
             known = self.known[self.calls - 1]
             return known.wait() if isinstance(known, Coming) else known
-        raise _WantedError(_Pass(role, Call(x, s, text), torch.is_grad_enabled()))
+        raise _WantedError(_Pass(role, Call(x, s, condition), torch.is_grad_enabled()))
 
 
 def forward_backward(
@@ -148,24 +149,29 @@ def _know_all_but_the_graph(
 class Chunk(nn.Module):
     """A chunk of a rank's layers, as megatron's schedules call it."""
 
-    def __init__(self, net: WanModel, index: int) -> None:
+    def __init__(self, net: DiffusionTransformer, index: int) -> None:
         super().__init__()
         self.net, self.index, self.config, self.model_type = net, index, net.config, net.model_type
 
-    def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor) -> MaybeDual:
-        return self.net(x, s, text, chunk=self.index)
+    def forward(self, x: MaybeDual, s: MaybeDual, condition: Condition) -> MaybeDual:
+        return self.net(x, s, condition, chunk=self.index)
 
     def set_input_tensor(self, hidden: Any) -> None:
         self.net.set_input_tensor(hidden)
 
 
 def forward_backward_schedule(
-    net: WanModel, forward_step: Callable[[Iterator[Any], Any], Any], items: Sequence[Any], mesh: Mesh, *, like: MaybeDual
+    net: DiffusionTransformer,
+    forward_step: Callable[[Iterator[Any], Any], Any],
+    items: Sequence[Any],
+    mesh: Mesh,
+    *,
+    like: MaybeDual,
 ) -> list[Any]:
     """megatron's schedule with gradients: forward and backward of every item, a microbatch of latents `like` these.
 
-    `forward_step(items, chunk)` takes the next item and calls `chunk(x, s, text)` of `chunk.index`; see megatron for what it
-    returns. Returns what it reports of every item on the last stage, elsewhere nothing.
+    `forward_step(items, chunk)` takes the next item and calls `chunk(x, s, condition)` of `chunk.index`; see megatron for what
+    it returns. Returns what it reports of every item on the last stage, elsewhere nothing.
     """
     chunks = [Chunk(net, i) for i in range(net.num_chunks)]
     rows, batch, _ = net.hidden_shape(like)

@@ -21,9 +21,9 @@ from rcm_mcore.config import Config, chunks_of_stages, resolve_mesh, tokens_per_
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
-from rcm_mcore.interop import expected_shapes, shape_of_model
+from rcm_mcore.interop import expected_shapes
+from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.linears import parallel_linears
-from rcm_mcore.models.wan import WanModel
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
@@ -154,7 +154,7 @@ def choose_attention(config: Config) -> dict[str, str]:
 
 def count_parameters(config: Config) -> int:
     """Parameters of one network of `config.model`."""
-    return sum(math.prod(s) for s in expected_shapes(shape_of_model(asdict(config.model))).values())
+    return sum(math.prod(s) for s in expected_shapes(config.model).values())
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -224,8 +224,6 @@ def set_up(config: Config) -> Run:
     )
     if resume_from is not None:
         loader.load_state_dict(state.data)
-    for one in networks[1:]:
-        one.sleep()
     if mesh.is_main:  # last, so that a run that cannot start leaves nothing behind
         folder.root.mkdir(parents=True, exist_ok=True)
     return Run(
@@ -234,7 +232,7 @@ def set_up(config: Config) -> Run:
 
 
 def build_networks(
-    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[WanModel], object]
+    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[DiffusionTransformer], object]
 ) -> tuple[list[Trained], Roles, dict[str, Trained]]:
     """Networks of the objective with their first weights; when resuming the trained ones are filled later.
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import Config, tokens_per_sample
 from rcm_mcore.data import Batch
 from rcm_mcore.distill.draws import Draws, draw
@@ -81,9 +82,9 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
     """
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    latents, text, bad_samples = _received(item.batch, config, mesh)
+    latents, condition, bad_samples = _received(item, config, mesh)
     size = config.train.micro_batch_size
-    microbatches = list(_microbatches(latents, text, item.draws.to(mesh.device), size))
+    microbatches = list(_microbatches(latents, condition, item.draws.to(mesh.device), size))
     terms: list[Any] = list(terms_of(item.phase, roles, config))  # partials
     sums: dict[str, Tensor] = {}
     for i, term in enumerate(terms):
@@ -164,28 +165,43 @@ def _from_last_stage(sums: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in counted[0].items()}
 
 
-def _received(batch: Batch, config: Config, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [b, C, F, H, W], text [b, text_len, text_dim] and the count of bad samples, on the device.
+def _received(item: StepBatch, config: Config, mesh: Mesh) -> tuple[Tensor, Condition, Tensor]:
+    """Latents [b, C, F, H, W], what the networks are told of them, and the count of bad samples, on the device.
 
     One rank of those that work on the same samples has read them; the others get them from it, those of later stages at last.
     """
-    count, model = len(batch.slots), config.model
-    bad = torch.tensor(float(batch.state["bad_samples"]), dtype=torch.float64)
-    tensors = [x.to(mesh.device) for x in (batch.latents, batch.text, bad)]
-    if not mesh.reads:
-        shapes = (count, *config.data.latent_shape), (count, model.text_len, model.text_dim)
-        tensors[:2] = [torch.empty(shape, device=mesh.device) for shape in shapes]
+    batch, model = item.batch, config.model
+    count = len(batch.slots)
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (count, *config.data.latent_shape),
+        "text": (count, model.text_len, model.text_dim),
+    }
+    if model.image_tokens:
+        shapes |= {"given": shapes["latents"], "image": (count, model.image_tokens, model.image_dim)}
+    tensors = [
+        getattr(batch, name).to(mesh.device) if mesh.reads else torch.empty(shape, device=mesh.device)
+        for name, shape in shapes.items()
+    ]
+    bad = torch.tensor(float(batch.state["bad_samples"]), dtype=torch.float64, device=mesh.device)
+    tensors.append(bad)
     for group in ([mesh.sample_group] if mesh.pp_group.rank() == 0 else []) + [mesh.pp_group]:
         if group.size() > 1:
             for x in tensors:
                 dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
-    return tensors[0], tensors[1], tensors[2]
+    latents, text, *of_images, bad = tensors
+    condition = Condition(text)
+    if model.image_tokens:
+        condition = Condition(text, latents=of_images[0], image=of_images[1])
+    elif model.condition == "frames":
+        assert item.draws.frames is not None, "draws for another model"
+        condition = Condition(text, latents=latents, frames=item.draws.frames.to(mesh.device))
+    return latents, condition, bad
 
 
-def _microbatches(latents: Tensor, text: Tensor, draws: Draws, size: int) -> Iterator[MicroBatch]:
+def _microbatches(latents: Tensor, condition: Condition, draws: Draws, size: int) -> Iterator[MicroBatch]:
     for start in range(0, len(latents), size):
         rows = slice(start, start + size)
-        yield MicroBatch(latents=latents[rows], text=text[rows], draws=draws.rows(rows))
+        yield MicroBatch(latents=latents[rows], condition=condition.rows(rows), draws=draws.rows(rows))
 
 
 # What a term reports besides samples and nonfinite_output.

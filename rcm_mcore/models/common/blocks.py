@@ -14,11 +14,13 @@ from rcm_mcore.models.common.attention import AttentionCache
 class Conditioning(NamedTuple):
     """What every block sees besides the hidden states."""
 
-    modulation: MaybeDual  # [6, B, M], wide
+    modulation: MaybeDual  # [..., B, M], wide
     context: Tensor  # [X, B, M]
+    image: Tensor | None  # [n, B, M], of image-conditioned networks
     cos: Tensor  # [S, 1, 1, D/2], of this context-parallel rank's tokens
     sin: Tensor
     tokens: int  # of a whole sample, without padding
+    given: Tensor | None  # [s, B, 1], which of this rank's tokens are of frames that are given (see Condition.frames)
 
 
 class Block(Protocol):
@@ -36,16 +38,16 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: Block, cond: Conditioning, *tensors: Tensor) -> Any:
-        x, x_dot, modulation, modulation_dot, context = tensors
+        x, x_dot, modulation, modulation_dot, context, image = tensors
         is_dual = x_dot is not None
         ctx.cache = AttentionCache() if is_dual else None
-        ctx.block, ctx.places = block, (cond.cos, cond.sin, cond.tokens)
+        ctx.block, ctx.places = block, (cond.cos, cond.sin, cond.tokens, cond.given)
         y = block(
             Dual(x, x_dot) if is_dual else x,
-            Conditioning(Dual(modulation, modulation_dot) if is_dual else modulation, context, *ctx.places),
+            Conditioning(Dual(modulation, modulation_dot) if is_dual else modulation, context, image, *ctx.places),
             ctx.cache,
         )
-        ctx.save_for_backward(_owned(x), modulation, context)
+        ctx.save_for_backward(_owned(x), modulation, context, image)
         if not isinstance(y, Dual):
             return y
         ctx.mark_non_differentiable(y.tangent)
@@ -53,13 +55,15 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad
-        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, (needs[2], needs[4], needs[6]))]
-        x, modulation, context = inputs
+        needs = [ctx.needs_input_grad[i] for i in (2, 4, 6, 7)]
+        inputs: list[Any] = [
+            None if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs)
+        ]
+        x, modulation, context, image = inputs
         with torch.enable_grad():
-            y = ctx.block(x, Conditioning(modulation, context, *ctx.places), ctx.cache)
+            y = ctx.block(x, Conditioning(modulation, context, image, *ctx.places), ctx.cache)
         torch.autograd.backward(y, grads[0])
-        return None, None, x.grad, None, modulation.grad, None, context.grad
+        return None, None, x.grad, None, modulation.grad, None, context.grad, None if image is None else image.grad
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -90,5 +94,5 @@ def _run_recomputed(block: Any, x: MaybeDual, cond: Conditioning) -> MaybeDual:
     if isinstance(x, Dual):
         assert isinstance(cond.modulation, Dual), "a dual pass needs a dual modulation"
         x_dot, modulation_dot = x.tangent, cond.modulation.tangent
-    y = _Recompute.apply(block, cond, primal(x), x_dot, primal(cond.modulation), modulation_dot, cond.context)
+    y = _Recompute.apply(block, cond, primal(x), x_dot, primal(cond.modulation), modulation_dot, cond.context, cond.image)
     return Dual(*y) if isinstance(x, Dual) else y

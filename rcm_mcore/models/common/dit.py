@@ -1,7 +1,7 @@
 """What the diffusion transformers share: tokens over ranks, layers over pipeline stages, the course of a pass, checks.
 
 Shapes: latents [B, C, F, H, W]; hidden states [S, B, M] with S = F H W / patch tokens ordered by time, height, width;
-text [B, X, text_dim].
+what a network is told besides: condition.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rcm_mcore import dual
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, ModelConfig, chunks_of_stages, tokens_per_sample
 from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
 from rcm_mcore.models.common import elementwise as ew
@@ -51,6 +52,8 @@ def transformer_config(model: ModelConfig, mesh: MeshConfig) -> TransformerConfi
         batch_p2p_sync=False,  # for an old PyTorch; would have a stage wait for what others send it beside its passes
         pipeline_dtype=torch.promote_types(dtype, torch.float32) if model.fp32_residual else dtype,  # of hidden states
         bf16=dtype == torch.bfloat16,
+        # Gradients of norms of each head are summed over tensor-parallel ranks, each of which has seen its own heads.
+        qk_layernorm=model.family == "cosmos",
         gradient_accumulation_fusion=False,  # needs apex
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -63,11 +66,8 @@ class DiffusionTransformer(MegatronModule):
     the last stage's `head`, and say how they embed.
     """
 
-    rope_ratios = (1.0, 1.0, 1.0)  # of time, height, width: stretch the base of the rotary angles
-
-    def __init__(
-        self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, *, block_spec: ModuleSpec
-    ) -> None:
+    def __init__(self, model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, block_spec: ModuleSpec) -> None:
+        config = transformer_config(model, mesh)
         super().__init__(config=config)
         self.model, self.groups, self.tp_group, self.cp_group = model, groups, groups.tp, groups.cp
         stage, stages = groups.pp.rank(), groups.pp.size()
@@ -93,6 +93,10 @@ class DiffusionTransformer(MegatronModule):
             for param in embedder.parameters():
                 param.allreduce = False  # type: ignore[attr-defined]
 
+    def initial_values(self, name: str, full: Tensor) -> None:
+        """Fill `full`, the whole of the parameter `name`, with the values that training from scratch begins with."""
+        raise NotImplementedError
+
     def embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """s [B] -> what the head and what the blocks see of it, [..., B, M] in the dtype of the islands."""
         raise NotImplementedError
@@ -101,12 +105,21 @@ class DiffusionTransformer(MegatronModule):
         """text [B, X, text_dim] -> the context of the blocks, [X, B, ...] in the model's dtype."""
         raise NotImplementedError
 
-    def embed_patches(self, tokens: Tensor) -> Tensor:
-        """tokens [s, B, C patch] -> the residual stream [s, B, M]."""
-        raise NotImplementedError
+    def embed_image(self, image: Tensor | None) -> Tensor | None:
+        """image [B, n, image_dim] -> a context of its own, [n, B, M]; nothing for networks that see none."""
+        return None
 
-    def forward(self, x: MaybeDual, s: MaybeDual, text: Tensor, *, chunk: int = 0) -> MaybeDual:
-        """Velocity at x [B, C, F, H, W] and rectified-flow time s [B] (any float dtype), text [B, X, text_dim].
+    def add_channels(self, x: Tensor, condition: Condition) -> Tensor:
+        """x [B, C, F, H, W] -> what the patches are cut from, [B, patch_channels, F, H, W]."""
+        return x
+
+    def embed_patches(self, tokens: Tensor) -> Tensor:
+        """tokens [s, B, patch_channels patch] -> the residual stream [s, B, M]."""
+        z = self.patch_embedding(tokens.to(ew.island_dtype(self.config.params_dtype)))
+        return z if self.model.fp32_residual else z.to(self.config.params_dtype)
+
+    def forward(self, x: MaybeDual, s: MaybeDual, condition: Condition, *, chunk: int = 0) -> MaybeDual:
+        """Velocity at x [B, C, F, H, W] and rectified-flow time s [B] (any float dtype).
 
         Returns [B, C, F, H, W] in max(float32, model dtype), a Dual if `x` or `s` is one (a missing tangent is zero);
         its tangent has no graph. Raises ValueError for inputs the network does not take.
@@ -114,24 +127,26 @@ class DiffusionTransformer(MegatronModule):
         On pipeline stages, all called with the same arguments, once for each of their chunks of layers: hidden states come from
         `set_input_tensor` and go to the next stage as one tensor, [s, B, M], or [s, 2 B, M] for a Dual.
         """
-        self._check(primal(x), primal(s), text)
+        self._check(primal(x), primal(s), condition)
         if isinstance(x, Dual) or isinstance(s, Dual):
             x, s = _as_dual(x), _as_dual(s)
-        patch = self.model.patch_size
+        model, patch = self.model, self.model.patch_size
         frames, height, width = (n // p for n, p in zip(primal(x).shape[2:], patch))
 
         e, e0 = rowwise(self.embed_time, s)
         tokens = frames * height * width
-        cos, sin = rotary_table(
-            (frames, height, width), self.model.head_dim, self.rope_ratios, primal(e0).dtype, primal(x).device
-        )
+        cos, sin = rotary_table((frames, height, width), model.head_dim, model.rope_ratios, primal(e0).dtype, primal(x).device)
         places = self._cp_rank_rows(cos), self._cp_rank_rows(sin)
-        cond = Conditioning(e0, self.embed_text(text), *places, tokens)
+        given = None
+        if condition.frames is not None:
+            frame = torch.arange(tokens, device=primal(x).device) // (height * width)
+            given = self._scatter((frame[:, None] < condition.frames)[..., None])
+        cond = Conditioning(e0, self.embed_text(condition.text), self.embed_image(condition.image), *places, tokens, given)
 
         split = self.cp_group.size() > 1 or self.config.sequence_parallel
         y: MaybeDual
         if self.pre_process and chunk == 0:
-            y = rowwise(partial(patchify, patch=patch), x)
+            y = rowwise(lambda latents: patchify(self.add_channels(latents, condition), patch=patch), x)
             y = rowwise(self.embed_patches, dual.linear(self._scatter, y) if split else y)
         else:
             hidden, self._from_stage_before = self._from_stage_before, None
@@ -140,9 +155,10 @@ class DiffusionTransformer(MegatronModule):
         y = self.blocks(y, cond, self.chunk_layers[chunk])
         if not (self.post_process and chunk == self.num_chunks - 1):
             return dual.stack(y)
-        y = rowwise(partial(self.head, eps=self.model.eps), y, e)
+        y = rowwise(partial(self.head, eps=model.eps, given=given), y, e)
         y = dual.linear(lambda rows: self._gather(rows)[:tokens], y) if split else y
-        return rowwise(partial(unpatchify, grid=(frames, height, width), patch=patch), y)
+        y = rowwise(partial(unpatchify, grid=(frames, height, width), patch=patch), y)
+        return y if given is None else rowwise(partial(_towards_given, condition=condition), y, x, s)
 
     def _padded(self, x: Tensor) -> Tensor:
         """x [S, ...] with zero rows up to a number that its ranks divide."""
@@ -196,7 +212,7 @@ class DiffusionTransformer(MegatronModule):
         """Ranks that the tokens of a sample are split over."""
         return self.cp_group.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
 
-    def _check(self, x: Tensor, s: Tensor, text: Tensor) -> None:
+    def _check(self, x: Tensor, s: Tensor, condition: Condition) -> None:
         model, device = self.model, next(self.parameters()).device
         if x.ndim != 5:
             raise ValueError(f"x has shape {list(x.shape)}: must be [B, C, F, H, W]")
@@ -207,14 +223,29 @@ class DiffusionTransformer(MegatronModule):
             )
         if s.shape != x.shape[:1]:
             raise ValueError(f"s has shape {list(s.shape)}: must be [{x.shape[0]}], one per sample")
-        wanted = (x.shape[0], model.text_len, model.text_dim)
-        if text.shape != wanted:
-            raise ValueError(f"text has shape {list(text.shape)}: must be {list(wanted)}, padded with zero rows")
-        for name, value in (("x", x), ("s", s), ("text", text)):
-            if not value.is_floating_point():
+        condition.check(model, tuple(x.shape))
+        there = {name: value for name, value in condition._asdict().items() if value is not None}
+        for name, value in (("x", x), ("s", s), *there.items()):
+            if name != "frames" and not value.is_floating_point():
                 raise ValueError(f"{name} has dtype {value.dtype}: must be floating-point")
             if value.device != device:
                 raise ValueError(f"{name} is on {value.device}: the network is on {device}")
+
+
+def frames_given(condition: Condition, like: Tensor) -> Tensor:
+    """[B, 1, F, 1, 1]: which latent frames of `like` [B, C, F, H, W] are given."""
+    assert condition.frames is not None
+    return (torch.arange(like.shape[2], device=like.device) < condition.frames[:, None])[:, None, :, None, None]
+
+
+def _towards_given(v: Tensor, x: Tensor, s: Tensor, *, condition: Condition) -> Tensor:
+    """The velocity v [B, C, F, H, W], at frames that are given that which leads to them: x_s - s v is the given frame.
+
+    Sampled and denoised states then hold them, and no loss sees these frames.
+    """
+    assert condition.latents is not None
+    exact = (x - condition.latents) / s.view(-1, 1, 1, 1, 1)
+    return torch.where(frames_given(condition, x), exact.to(v.dtype), v)
 
 
 def _as_dual(x: MaybeDual) -> Dual:

@@ -67,6 +67,15 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class AffineNorm(nn.Module):
+    """Weight and bias of a LayerNorm, [M] each."""
+
+    def __init__(self, width: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = replicated(width, config=config)
+        self.bias = replicated(width, config=config)
+
+
 class _RMSWeight(nn.Module):
     """Holds the weight of an RMSNorm of queries or keys: over all heads, split like them, or one for each head alike."""
 
@@ -136,7 +145,7 @@ class SelfAttention(_Attention):
 
 
 class CrossAttention(_Attention):
-    """Attention of the tokens onto the text rows, all of them, padding included."""
+    """Attention of the tokens onto the text rows, all of them, padding included; and onto image rows, for themselves."""
 
     def __init__(
         self, style: LayerStyle, model: ModelConfig, *, context_width: int, config: TransformerConfig, group: dist.ProcessGroup
@@ -149,18 +158,26 @@ class CrossAttention(_Attention):
         text_config.sequence_parallel = False
         self.linear_q = column_linear(style.linears, width, width, config=config, **options)
         self.linear_kv: Any = column_linear(style.linears, context_width, 2 * width, config=text_config, **options)
+        if model.image_tokens:
+            self.linear_kv_img: Any = column_linear(style.linears, context_width, 2 * width, config=text_config, **options)
+            self.norm_k_img = _RMSWeight(style, model, config=config, group=group)
         self.linear_proj = row_linear(style.linears, width, width, config=config, **options)
 
-    def forward(self, u: MaybeDual, context: Tensor) -> MaybeDual:
-        """u [s, B, M], context [X, B, ...] -> [s, B, M], the bias of the projection left out."""
+    def forward(self, u: MaybeDual, context: Tensor, image: Tensor | None = None) -> MaybeDual:
+        """u [s, B, M], context [X, B, ...], image [n, B, ...] -> [s, B, M], the bias of the projection left out."""
         q = rowwise(ew.add, apply(self.linear_q, u), self.linear_q.bias)
         q = rowwise(lambda x: x.unflatten(-1, (-1, self.head_dim)), q)
-        kv = ew.add(apply(self.linear_kv, context), self.linear_kv.bias)
-        k, v = _split_heads(kv, parts=2, head_dim=self.head_dim)
         q_weight, k_weight = self.weights()
         q = rowwise(partial(self._normalize, weight=q_weight), q, self.square_sums(q))
-        k = self._normalize(k, primal(self.square_sums(k)), weight=k_weight)
-        return apply(self.linear_proj, attention(q, k, v))
+        out = attention(q, *self._keys(context, self.linear_kv, k_weight))
+        if image is not None:
+            out = rowwise(torch.add, out, attention(q, *self._keys(image, self.linear_kv_img, self.norm_k_img.weight)))
+        return apply(self.linear_proj, out)
+
+    def _keys(self, context: Tensor, linear: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [X, B, N, D] of context [X, B, ...]."""
+        k, v = _split_heads(ew.add(apply(linear, context), linear.bias), parts=2, head_dim=self.head_dim)
+        return self._normalize(k, primal(self.square_sums(k)), weight=weight), v
 
     def _normalize(self, x: Tensor, sums: Tensor, *, weight: Tensor) -> Tensor:
         return self.normalize(x, sums[0], weight).to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -42,10 +43,14 @@ class AdaLN(nn.Module):
         self.up = Linear(rank, parts * width, config=config, bias=False)
         self.parts = parts
 
-    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
-        """time [4, B, M], the normalized sinusoid and three parts of `lora` -> `parts` of [B, M], wide."""
+    def forward(self, time: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
+        """time [4, B, M], the normalized sinusoid and three parts that are shared -> `parts` of [B, M], wide.
+
+        With given frames: time [4, 2, B, M], of the others and of those that given [s, B, 1] marks -> `parts` of [s, B, M].
+        """
         own = self.up(self.down(F.silu(time[0]))).unflatten(-1, (self.parts, -1)).unbind(-2)
-        return tuple(x + shared for x, shared in zip(own, time[1:]))
+        parts = tuple(x + shared for x, shared in zip(own, time[1:]))
+        return parts if given is None else tuple(torch.where(given, x[1], x[0]) for x in parts)
 
 
 class CosmosBlock(MegatronModule):
@@ -71,6 +76,6 @@ class CosmosBlock(MegatronModule):
             "ffn": self.ffn,
         }
         for name, sublayer in sublayers.items():
-            shift, scale, gate = rowwise(self.get_submodule(f"adaln_{name}"), cond.modulation)
+            shift, scale, gate = rowwise(self.get_submodule(f"adaln_{name}"), cond.modulation, cond.given)
             x = rowwise(ew.gated_add, x, sublayer(rowwise(norm, x, shift, scale)), None, gate)
         return x

@@ -1,9 +1,8 @@
-"""The Cosmos-Predict2 text-to-image network (architectures.md B): a velocity model v(x_s, s, text), tensor or Dual."""
+"""The Cosmos-Predict2 networks (architectures.md B): a velocity model v(x_s, s, condition), tensor or Dual."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,39 +10,25 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, ModelConfig
 from rcm_mcore.models.common import elementwise as ew
-from rcm_mcore.models.common.dit import DiffusionTransformer, transformer_config
+from rcm_mcore.models.common.dit import DiffusionTransformer, frames_given
 from rcm_mcore.models.common.layers import Linear, replicated
-from rcm_mcore.models.common.parameters import initialize
 from rcm_mcore.models.cosmos.block import AdaLN, cosmos_block_spec
 
-
-def build_cosmos(
-    model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection, *, seed: int | None = 0, trainable: bool = True
-) -> CosmosModel:
-    """A network with weights that depend on `seed` and not on the mesh, or that are still to be loaded if it is None.
-
-    Frozen unless `trainable`.
-    """
-    config = transformer_config(model, mesh)
-    config.qk_layernorm = True  # their gradients are summed over tensor-parallel ranks: each has seen its own heads
-    net = CosmosModel(model, config, groups)
-    if seed is not None:
-        initialize(net, partial(_initial_values, model), seed=seed, group=groups.tp)
-    return net.requires_grad_(trainable)
+GIVEN_TIME = 1e-4 / (1 + 1e-4)  # rectified-flow time of frames that are given (architectures.md B.2)
 
 
 class CosmosModel(DiffusionTransformer):
-    """Cosmos-Predict2 T2I. Build it with `build_cosmos`: parameters are uninitialized after construction."""
+    """Cosmos-Predict2 T2I and V2W. Build it with `models.build_model`: parameters are uninitialized after construction."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
-        super().__init__(model, config, groups, block_spec=cosmos_block_spec(model.transformer_impl))
-        self.rope_ratios = model.rope_ratios
-        width, patch = model.hidden_size, math.prod(model.patch_size)
+    def __init__(self, model: ModelConfig, mesh: MeshConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(model, mesh, groups, block_spec=cosmos_block_spec(model.transformer_impl))
+        config, width = self.config, model.hidden_size
         if self.pre_process:
-            # The last channel marks padding, of which latents have none: zeros, that the released weights expect.
-            self.patch_embedding = Linear((model.in_channels + 1) * patch, width, config=config, bias=False)
+            patch = model.patch_channels * math.prod(model.patch_size)
+            self.patch_embedding = Linear(patch, width, config=config, bias=False)
         self.time_embedding = nn.ModuleDict(
             {
                 "1": Linear(width, width, config=config, bias=False),
@@ -56,12 +41,17 @@ class CosmosModel(DiffusionTransformer):
             self.head = _Head(model, config=config)
 
     def embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """s [B] -> twice [4, B, M]: the normalized sinusoid, and three parts that every AdaLN adds to its own."""
+        """s [B] -> twice [4, B, M]: the normalized sinusoid, and three parts that every AdaLN adds to its own.
+
+        With given frames [4, 2, B, M], of s and of the time of these frames.
+        """
+        if self.model.condition == "frames":
+            s = torch.stack([s, torch.full_like(s, GIVEN_TIME)])
         half = self.model.hidden_size // 2
         freqs = torch.exp(torch.arange(half, dtype=torch.float64, device=s.device) * (-math.log(10000.0) / half))
-        angles = s.to(torch.float64)[:, None] * freqs
+        angles = s.to(torch.float64)[..., None] * freqs
         f = torch.cat([angles.cos(), angles.sin()], -1).to(ew.island_dtype(self.config.params_dtype))
-        shared = self.time_embedding["2"](F.silu(self.time_embedding["1"](f))).unflatten(-1, (3, -1)).transpose(0, 1)
+        shared = self.time_embedding["2"](F.silu(self.time_embedding["1"](f))).unflatten(-1, (3, -1)).movedim(-2, 0)
         scale = torch.rsqrt(f.square().mean(-1, keepdim=True) + self.model.eps)
         time = torch.cat([(f * scale * self.time_norm.weight)[None], shared])
         return time, time
@@ -70,11 +60,26 @@ class CosmosModel(DiffusionTransformer):
         """text [B, X, text_dim] -> [X, B, text_dim] in the model's dtype."""
         return text.to(self.config.params_dtype).transpose(0, 1)
 
-    def embed_patches(self, tokens: Tensor) -> Tensor:
-        """tokens [s, B, C patch] -> the residual stream [s, B, M]."""
-        tokens = F.pad(tokens, (0, math.prod(self.model.patch_size)))  # channels come first within a patch
-        z = self.patch_embedding(tokens.to(ew.island_dtype(self.config.params_dtype)))
-        return z if self.model.fp32_residual else z.to(self.config.params_dtype)
+    def add_channels(self, x: Tensor, condition: Condition) -> Tensor:
+        """Behind x: a channel that marks given frames, which take the place of x's own, and one that marks padding.
+
+        Latents here have no padding: zeros, that the released weights expect.
+        """
+        padding = torch.zeros_like(x[:, :1])
+        if condition.latents is None:
+            return torch.cat([x, padding], 1)
+        given = frames_given(condition, x)
+        x = torch.where(given, condition.latents.to(x.dtype), x)
+        return torch.cat([x, given.to(x.dtype).expand_as(padding), padding], 1)
+
+    def initial_values(self, name: str, full: Tensor) -> None:
+        """Normal linears of standard deviation 1/sqrt(width), norms of one; zero head and modulation, as adaLN begins."""
+        if name == "head.head.weight" or (".up." in name and "adaln" in name):
+            full.zero_()
+        elif full.ndim == 1:
+            full.fill_(1.0)
+        else:
+            full.normal_(std=full.shape[1] ** -0.5)
 
 
 class _Weight(nn.Module):
@@ -93,17 +98,7 @@ class _Head(nn.Module):
         self.adaln = AdaLN(model.hidden_size, model.adaln_rank, 2, config=config)
         self.head = Linear(model.hidden_size, model.in_channels * math.prod(model.patch_size), config=config, bias=False)
 
-    def forward(self, z: Tensor, time: Tensor, *, eps: float) -> Tensor:
-        """z [s, B, M], time [4, B, M] -> [s, B, patch C]."""
-        shift, scale = self.adaln(time)
+    def forward(self, z: Tensor, time: Tensor, *, eps: float, given: Tensor | None) -> Tensor:
+        """z [s, B, M], time as for an AdaLN -> [s, B, patch C]."""
+        shift, scale = self.adaln(time, given)
         return self.head(ew.modulated_norm(z, shift, scale, eps=eps, dtype=time.dtype))
-
-
-def _initial_values(model: ModelConfig, name: str, full: Tensor) -> None:
-    """Normal linears of standard deviation 1/sqrt(width), norms of one; a zero head and zero modulation, as adaLN begins."""
-    if name == "head.head.weight" or (".up." in name and "adaln" in name):
-        full.zero_()
-    elif full.ndim == 1:
-        full.fill_(1.0)
-    else:
-        full.normal_(std=full.shape[1] ** -0.5)

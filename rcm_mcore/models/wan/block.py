@@ -8,14 +8,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from rcm_mcore.config import ModelConfig
 from rcm_mcore.dual import MaybeDual, rowwise
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.attention import AttentionCache
 from rcm_mcore.models.common.blocks import Conditioning
-from rcm_mcore.models.common.layers import CrossAttention, FeedForward, LayerStyle, SelfAttention, replicated
+from rcm_mcore.models.common.layers import AffineNorm, CrossAttention, FeedForward, LayerStyle, SelfAttention, replicated
 from rcm_mcore.models.common.linears import parallel_linears
 
 
@@ -29,15 +29,6 @@ def wan_block_spec(transformer_impl: str) -> ModuleSpec:
         activation=ew.gelu_tanh,
     )
     return ModuleSpec(module=WanBlock, submodules=style)
-
-
-class AffineNorm(nn.Module):
-    """Weight and bias of a LayerNorm."""
-
-    def __init__(self, width: int, *, config: TransformerConfig) -> None:
-        super().__init__()
-        self.weight = replicated(width, config=config)
-        self.bias = replicated(width, config=config)
 
 
 class WanBlock(MegatronModule):
@@ -63,7 +54,7 @@ class WanBlock(MegatronModule):
         x = rowwise(ew.gated_add, x, out, self.self_attn.linear_proj.bias, gate1)
 
         affine = partial(ew.affine_norm, eps=self.eps, dtype=self.dtype)
-        out = self.cross_attn(rowwise(affine, x, self.norm3.weight, self.norm3.bias), cond.context)
+        out = self.cross_attn(rowwise(affine, x, self.norm3.weight, self.norm3.bias), cond.context, cond.image)
         x = rowwise(ew.biased_add, x, out, self.cross_attn.linear_proj.bias)
 
         out = self.ffn(rowwise(norm, x, shift2, scale2))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from oracle import inputs, small_cosmos, small_model
+from oracle import VARIANTS, inputs, small_model
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, resolve_mesh
 from rcm_mcore.dual import Dual, primal
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full, local_shard
-from rcm_mcore.models.cosmos import build_cosmos
-from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 from rcm_mcore.parallel.stages import as_function
 from rcm_mcore.training.pipeline import forward_backward_schedule
@@ -41,27 +41,31 @@ MESHES = {
 GRIDS = {"72": (3, 8, 12), "45": (3, 6, 10)}  # tokens: every mesh divides them, none does
 LAYERS = 4  # one for each chunk of two stages
 MODES = ("none", "full", "one_pass")
-FAMILIES = {"wan": (small_model, build_wan), "cosmos": (small_cosmos, build_cosmos)}
-OF_COSMOS = ("tp2", "tp2-sp", "cp2-ring", "pp2", "tp2-sp-cp2-ring")  # where its layers differ from Wan's
+# Where the other variants differ from Wan: split heads, split tokens, embedders and heads on stages.
+OF_OTHERS = ("tp2", "tp2-sp", "cp2-ring", "pp2", "tp2-sp-cp2-ring")
 
 
 def cases(world_size):
-    """(family, mesh, tokens, mode)."""
+    """(variant, mesh, tokens, mode)."""
     found = [("wan", name, tokens, mode) for name in MESHES[world_size] for tokens in GRIDS for mode in MODES]
-    names = [name for name in MESHES[world_size] if name in OF_COSMOS]
-    return found + [("cosmos", name, "45", mode) for name in names for mode in ("none", "one_pass")]
+    names = [name for name in MESHES[world_size] if name in OF_OTHERS]
+    found += [("cosmos", name, "45", mode) for name in names for mode in ("none", "one_pass")]
+    # Those told of more than a text.
+    more = [(variant, name) for variant in ("wan-first_last", "cosmos-frames") for name in names if name != "tp2"]
+    return found + [(variant, name, "45", "one_pass") for variant, name in more]
 
 
 def run(net, mesh, mode, grid, device="cpu"):
     """Output, tangent and the gradients of a weighted sum of the output, as the trainer would have them."""
-    x, x_dot, s, s_dot, text = (y.to(device) for y in inputs(net.model, batch=3, grid=grid))
+    *tensors, condition = inputs(net.model, batch=3, grid=grid)
+    (x, x_dot, s, s_dot), condition = (y.to(device) for y in tensors), condition.map(lambda y: y.to(device))
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     net.zero_grad()
     net.blocks.recompute = "full" if mode == "full" else "none"
     dual_inputs = Dual(x, x_dot), Dual(s, s_dot)
     with torch.no_grad():
-        tangent = as_function(net, mesh)(*dual_inputs, text).tangent
-    arguments = (*dual_inputs, text) if mode == "one_pass" else (x, s, text)
+        tangent = as_function(net, mesh)(*dual_inputs, condition).tangent
+    arguments = (*dual_inputs, condition) if mode == "one_pass" else (x, s, condition)
     if mesh.pp_size > 1:
         out, tangent = run_on_stages(net, mesh, arguments, weight, tangent)
     else:
@@ -80,7 +84,13 @@ def run(net, mesh, mode, grid, device="cpu"):
 def run_on_stages(net, mesh, arguments, weights, tangents):
     """Every sample a microbatch of megatron's schedule; the outputs, and their tangents where they have one."""
     outs = []
-    part = lambda value, i: Dual(*(v[i : i + 1] for v in value)) if isinstance(value, Dual) else value[i : i + 1]
+
+    def part(value, i):
+        rows = slice(i, i + 1)
+        if isinstance(value, Condition):
+            return value.rows(rows)
+        return Dual(*(v[rows] for v in value)) if isinstance(value, Dual) else value[rows]
+
     items = [[part(value, i) for value in (*arguments, weights, tangents)] for i in range(len(weights))]
 
     def forward_step(items, chunk):
@@ -118,15 +128,14 @@ def main(folder):
     for name, config in MESHES[dist.get_world_size()].items():
         mesh = make_mesh(resolve_mesh(small_model(), config, ranks_per_node=4)[0])
         nets = {}
-        for family, (model, build) in FAMILIES.items():
-            weights, reference = (torch.load(folder / f"{family}_{what}.pt") for what in ("weights", "reference"))
-            net = build(model(num_layers=LAYERS), mesh.config, mesh.groups)
+        todo = [(variant, *case) for variant, mesh_name, *case in cases(dist.get_world_size()) if mesh_name == name]
+        for variant in dict.fromkeys(variant for variant, *_ in todo):
+            weights, reference = (torch.load(folder / f"{variant}_{what}.pt") for what in ("weights", "reference"))
+            net = build_model(VARIANTS[variant](num_layers=LAYERS), mesh.config, mesh.groups)
             load_full(net, weights, mesh.tp_group)
-            nets[family] = net, reference
-        for family, mesh_name, tokens, mode in cases(dist.get_world_size()):
-            if mesh_name != name:
-                continue
-            net, reference = nets[family]
+            nets[variant] = net, reference
+        for variant, tokens, mode in todo:
+            net, reference = nets[variant]
             out, tangent, grads = run(net, mesh, mode, GRIDS[tokens])
             params, one = dict(net.named_parameters()), reference[tokens]
             errors = {
@@ -134,7 +143,7 @@ def main(folder):
                 "tangent": relative(tangent, one["tangent"]),
                 **{n: relative(g, local_shard(one["grads"][n], params[n], mesh.tp_group)) for n, g in grads.items()},
             }
-            results[f"{family} {name} {tokens} {mode}"] = worst(errors, max)
+            results[f"{variant} {name} {tokens} {mode}"] = worst(errors, max)
         destroy_mesh()
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))

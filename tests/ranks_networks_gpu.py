@@ -1,19 +1,18 @@
-"""On every GPU: Wan in bfloat16 under each mesh against float64 on one GPU, and bfloat16 there (test_parallel.py)."""
+"""On every GPU: networks in bfloat16 under each mesh against float64 on one GPU, and bfloat16 there (test_parallel.py)."""
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from oracle import small_model
-from ranks_wan import GRIDS, LAYERS, MODES, relative, run, worst
+from oracle import VARIANTS
+from ranks_networks import GRIDS, LAYERS, MODES, OF_OTHERS, relative, run, worst
 
 from rcm_mcore.config import MeshConfig, resolve_mesh
+from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import full_shape, load_full, local_shard
-from rcm_mcore.models.wan import build_wan
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 
 MESHES = {
@@ -43,9 +42,19 @@ MESHES = {
 }
 
 
-def model(dtype):
+OTHERS = ("cosmos", "wan-first_last", "cosmos-frames")
+
+
+def cases(world_size):
+    """(variant, mesh, tokens, mode)."""
+    found = [("wan", mesh, tokens, mode) for mesh in MESHES[world_size] for tokens in GRIDS for mode in MODES]
+    names = [mesh for mesh in MESHES[world_size] if mesh in OF_OTHERS]
+    return found + [(variant, mesh, "45", "one_pass") for variant in OTHERS for mesh in names]
+
+
+def model(variant, dtype):
     """Heads of 64, which the GPU kernels take."""
-    return small_model(num_layers=LAYERS, hidden_size=256, num_attention_heads=4, dtype=dtype)
+    return VARIANTS[variant](num_layers=LAYERS, hidden_size=256, num_attention_heads=4, dtype=dtype)
 
 
 def random_weights(net):
@@ -58,14 +67,14 @@ def random_weights(net):
     return weights
 
 
-def compute(config, dtype, modes):
+def compute(variant, config, dtype, todo):
     """By length and mode: output and tangent; gradients; and a function from names and full tensors to this rank's shards."""
-    mesh = make_mesh(resolve_mesh(model(dtype), config, ranks_per_node=dist.get_world_size())[0])
-    net = build_wan(model(dtype), mesh.config, mesh.groups)
+    mesh = make_mesh(resolve_mesh(model(variant, dtype), config, ranks_per_node=dist.get_world_size())[0])
+    net = build_model(model(variant, dtype), mesh.config, mesh.groups)
     load_full(net, random_weights(net), mesh.tp_group)
     params, group = dict(net.named_parameters()), mesh.tp_group
     results = {}
-    for mode, tokens in product(modes, GRIDS):
+    for tokens, mode in todo:
         out, tangent, grads = run(net, mesh, mode, GRIDS[tokens], device="cuda")
         results[tokens, mode] = {"out": out, "tangent": tangent}, grads
     destroy_mesh()
@@ -76,20 +85,24 @@ def main(folder):
     results = {}
     make_mesh(MeshConfig())
     destroy_mesh()
-    exact, _ = compute(MeshConfig(), "float64", ["none"])
-    plain, _ = compute(MeshConfig(), "bfloat16", MODES)
-    for name, config in MESHES[dist.get_world_size()].items():
-        ours, shard = compute(config, "bfloat16", MODES)
-        for (tokens, mode), (outs, grads) in ours.items():
-            (exact_outs, exact_grads), (plain_outs, plain_grads) = exact[tokens, "none"], plain[tokens, mode]
-            errors = {
-                n: (relative(x.double(), exact_outs[n]), relative(plain_outs[n].double(), exact_outs[n]))
-                for n, x in outs.items()
-            }
-            for n, g in grads.items():
-                want = shard(n, exact_grads[n])
-                errors[n] = relative(g.double(), want), relative(shard(n, plain_grads[n]).double(), want)
-            results[f"{name} {tokens} {mode}"] = worst(errors, lambda pairs: [max(column) for column in zip(*pairs)])
+    everything = cases(dist.get_world_size())
+    for variant in ("wan", *OTHERS):
+        todo = dict.fromkeys((tokens, mode) for v, _, tokens, mode in everything if v == variant)
+        exact, _ = compute(variant, MeshConfig(), "float64", [(tokens, "none") for tokens in {t for t, _ in todo}])
+        plain, _ = compute(variant, MeshConfig(), "bfloat16", todo)
+        for name in dict.fromkeys(name for v, name, *_ in everything if v == variant):
+            ours, shard = compute(variant, MESHES[dist.get_world_size()][name], "bfloat16", todo)
+            for (tokens, mode), (outs, grads) in ours.items():
+                (exact_outs, exact_grads), (plain_outs, plain_grads) = exact[tokens, "none"], plain[tokens, mode]
+                errors = {
+                    n: (relative(x.double(), exact_outs[n]), relative(plain_outs[n].double(), exact_outs[n]))
+                    for n, x in outs.items()
+                }
+                for n, g in grads.items():
+                    want = shard(n, exact_grads[n])
+                    errors[n] = relative(g.double(), want), relative(shard(n, plain_grads[n]).double(), want)
+                largest = worst(errors, lambda pairs: [max(column) for column in zip(*pairs)])
+                results[f"{variant} {name} {tokens} {mode}"] = largest
     if dist.get_rank() == 0:
         (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
     dist.barrier()

@@ -1,0 +1,94 @@
+"""Folders of torch.distributed.checkpoint, read one tensor at a time and without running what a stranger pickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from rcm_mcore.interop.lazy import LazyTensor, Weight, Weights, loaded
+
+# What the index of a checkpoint, a pickle, is made of.
+_INDEX_MODULES = ("metadata", "planner", "filesystem")
+_INDEX_CLASSES = {
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "SavePlan", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "TensorWriteData", "WriteItem", "WriteItemType", "_MEM_FORMAT_ENCODING", "_StorageInfo",
+}  # fmt: skip
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Refuses to name anything but the parts of an index, so that nothing of a stranger's is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        inside = module in [f"torch.distributed.checkpoint.{m}" for m in _INDEX_MODULES] and name in _INDEX_CLASSES
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        path = module.partition(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath", "WindowsPath")
+        if inside or plain or path or (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def read_index(path: Path) -> Metadata:
+    """What a checkpoint folder says of its tensors. Raises: ValueError for a pickle of anything else, which is not run."""
+    try:
+        with (path / ".metadata").open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}/.metadata is no index of a checkpoint: {type(error).__name__}: {reason}") from None
+    if not isinstance(index, Metadata):
+        raise ValueError(f"{path}/.metadata is no index of a checkpoint: it holds {type(index).__name__}")
+    return index
+
+
+def open_folder(path: Path, index: Metadata | None = None) -> dict[str, LazyTensor]:
+    """Every tensor of a checkpoint folder by its key; other objects are left out. `index`: default read from the folder.
+
+    Raises: ValueError for a damaged index; when a tensor is loaded, for a missing or damaged file.
+    """
+    index = read_index(path) if index is None else index
+    reader = dcp.FileSystemReader(path)
+    reader.set_up_storage_reader(index, is_coordinator=True)
+
+    def load(key: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(size, dtype=dtype)
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({key: tensor}, index, is_coordinator=True)
+        try:
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # a missing file, one that is too short, a pickle that wants to run code
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{path}: {key} cannot be read: {type(error).__name__}: {reason}") from None
+        return tensor
+
+    found = {}
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            dtype = entry.properties.dtype
+            found[key] = LazyTensor(entry.size, dtype, partial(load, key, entry.size, dtype))
+    return found
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans with tensors that have no data and loads each when it is written."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return loaded(self._weights[index.fqn]).detach().contiguous()
+
+
+def write_folder(path: Path, weights: Mapping[str, Weight]) -> None:
+    """Write weights by key into an existing folder, one tensor at a time; replaces its index. Not atomic."""
+    plan = {key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()}
+    writer = dcp.FileSystemWriter(str(path), thread_count=1, overwrite=True)
+    dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(weights), no_dist=True)

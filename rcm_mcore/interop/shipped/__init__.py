@@ -1,0 +1,1 @@
+"""Files that exported pipelines carry; they import nothing of this project."""
