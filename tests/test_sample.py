@@ -145,6 +145,8 @@ def test_samples_of_several_seeds(runs):
     found = [(r["prompt"], r["seed"], r["index"]) for r in facts(folder / "seeds")["samples"]]
     assert found == [(PROMPTS[p], seed, p) for p in (0, 1) for seed in (7, 5)]
     assert (rows[0] - rows[1]).std() > 0.1 and results["several"]["code"] == 0
+    one, other, *_ = latents(folder / "several")
+    assert (one - other).std() > 0.1, "one prompt, two noises"
     found = [(r["prompt"], r["seed"], r["index"]) for r in facts(folder / "several")["samples"]]
     assert found == [(PROMPTS[i // 2], 0, i) for i in range(4)]
 
@@ -240,6 +242,7 @@ def refused(parts, monkeypatch, capsys):
         (["--which", "ema"], "holds no ema network; it holds: student"),
         (["--fps", "0"], "--fps 0.0: must be positive"),
         (["--vae", "VAE4"], "--vae .*: its latents have 4 channels, the network's 16"),
+        (["--text-encoder", "nowhere"], "--text-encoder nowhere: no tokenizer_config.json in it or in tokenizer/"),
         (["--checkpoint", "IMAGE"], "model.condition=image, but this program gives a network prompts alone"),
         (["--codec", "x"], "--codec is for the digits task and --vae for videos"),
         (["--vae", "nowhere"], "VAE folder nowhere: no config.json in it or in vae/"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ def check_output(request: SampleRequest, output: Output, world_size: int) -> Non
             f"--checkpoint {request.checkpoint}: model.condition={model.condition}, but this program gives a network prompts "
             "alone; rcm_mcore.sampling.Sampler takes given frames"
         )
+    encoder = Path(request.text_encoder)
+    for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
+        if not any((path / marker).is_file() for path in (encoder / part, encoder)):
+            raise ValueError(f"--text-encoder {encoder}: no {marker} in it or in {part}/")
     if output.codec is not None and output.vae is not None:
         raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
     if not output.fps > 0:
