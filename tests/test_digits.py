@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
 
 from rcm_mcore.data import digits as data
 from rcm_mcore.data.digits import DigitCodec, all_prompts, parse_prompt, prompt_of
@@ -432,3 +432,18 @@ def test_classifier_refuses_other_videos(trained) -> None:
                 call(torch.zeros(shape))
     with pytest.raises(ValueError, match="counts must agree"):
         train_classifier(torch.zeros(3, 4, 16, 16), labels, labels, seed=0, steps=1)
+
+
+def test_text_encoders_of_both_kinds(tmp_path: Path) -> None:
+    """T5, that of Cosmos-Predict2, has biases of positions in its first layer alone: as a UMT5 the others were random."""
+    train_tokenizer(["a red square", "a blue disc"], tmp_path)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    encoder = T5EncoderModel(config).eval()
+    encoder.save_pretrained(tmp_path)
+    (rows,) = TextEncoder(tmp_path).encode(["a red square"])
+    ids = AutoTokenizer.from_pretrained(tmp_path)("a red square", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(rows, encoder(ids).last_hidden_state[0])
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type=bert: must be one of umt5, t5"):
+        TextEncoder(tmp_path)

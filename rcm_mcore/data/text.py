@@ -1,4 +1,4 @@
-"""Prompts to text embeddings with a UMT5 encoder, Wan's text encoder, and a tiny one of the same kind for CPU runs.
+"""Prompts to text embeddings with the UMT5 encoder of Wan or the T5 of Cosmos-Predict2, and a tiny UMT5 for CPU runs.
 
 Text embeddings are kept as the rows of real tokens only, [n, d]: n tokens including the end token, d features.
 Padding, where a network wants it, is zeros (Wan) and is added by whoever builds the batch.
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 MAX_TOKENS = 512  # Wan's text length, end token included
 
+_ENCODERS = {"umt5": UMT5EncoderModel, "t5": T5EncoderModel}  # by the kind in config.json: Wan's, Cosmos-Predict2's
 _MAX_PIECES = 512  # of a trained vocabulary; small corpora end far below
 _TOKENIZER_CONFIG = {
     "tokenizer_class": "T5Tokenizer",
@@ -109,7 +110,7 @@ def build_text_encoder(
 
 
 class TextEncoder:
-    """A tokenizer and a frozen UMT5 encoder from one local folder.
+    """A tokenizer and a frozen UMT5 or T5 encoder from one local folder.
 
     Besides a folder that holds both, such as one of google/umt5-xxl, it takes a pipeline folder with ``tokenizer``
     and ``text_encoder`` inside, as Wan's diffusers releases are.
@@ -124,19 +125,23 @@ class TextEncoder:
             folder: see the class.
             device: of the encoder.
             dtype: of its weights; bfloat16 halves the 22 GB of umt5-xxl's encoder.
-        Raises: ValueError when the folder has no encoder or no tokenizer.
+        Raises: ValueError when the folder has no encoder or no tokenizer, or an encoder of another kind.
         """
         folder = Path(folder)
-        parts = {}
+        parts: dict[str, Path] = {}
         for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
-            parts[part] = next((path for path in (folder / part, folder) if (path / marker).is_file()), None)
-            if parts[part] is None:
+            found = next((path for path in (folder / part, folder) if (path / marker).is_file()), None)
+            if found is None:
                 raise ValueError(
-                    f"text encoder folder {folder}: no {marker} in it or in {part}/; expected a UMT5 encoder and its"
+                    f"text encoder folder {folder}: no {marker} in it or in {part}/; expected a UMT5 or T5 encoder and its"
                     " tokenizer as saved by save_pretrained"
                 )
+            parts[part] = found
+        kind = json.loads((parts["text_encoder"] / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in _ENCODERS:  # another class would fill what it does not find with random weights
+            raise ValueError(f"text encoder folder {folder}: model_type={kind}: must be one of {', '.join(_ENCODERS)}")
         self._tokenizer = AutoTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True)
-        encoder = UMT5EncoderModel.from_pretrained(parts["text_encoder"], local_files_only=True, dtype=dtype)
+        encoder = _ENCODERS[kind].from_pretrained(parts["text_encoder"], local_files_only=True, dtype=dtype)
         self._encoder = encoder.eval().requires_grad_(False).to(device)
 
     @property
