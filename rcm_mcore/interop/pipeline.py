@@ -58,6 +58,8 @@ def check_base(options: PipelineOptions, model: ModelConfig) -> None:
             f"--pipeline {options.base}: it is a {index.get('_class_name')}; a {model.family} network with "
             f"condition={model.condition} needs a {wanted}"
         )
+    if "transformer_2" in _components(index):
+        raise ValueError(f"--pipeline {options.base}: it has two transformers, as Wan2.2's; only Wan2.1's can be a base")
     for name in _components(index):
         if name not in _REPLACED and not (options.base / name).is_dir():
             raise ValueError(f"--pipeline {options.base}: model_index.json names the component {name}, which has no folder")
@@ -114,6 +116,7 @@ def write_pipeline(folder: Path, options: PipelineOptions, model: ModelConfig) -
         license=options.license,
         base_model=name,
         stock=options.stock_scheduler,
+        both_ends=model.condition == "first_last",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
