@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from rcm_mcore.data.vae import VideoVAE
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
 from rcm_mcore.sampling import SampleRequest, draws_of
 from rcm_mcore.sampling.background import Background
+from rcm_mcore.sampling.folder import _digest
 
 NAMES = ["000_a-red-fox.mp4", "001_a-blue-whale-at-night.mp4", "002_a-green-bird.mp4"]
 
@@ -277,3 +279,13 @@ def test_background_is_bounded_and_raises():
         for i in range(9):
             background.put(i)
         pytest.fail("too late")
+
+
+def test_a_converted_checkpoint_that_changes_is_told_apart(parts, tmp_path):
+    """Converted again under the same name: its samples are others."""
+    shutil.copytree(parts / "checkpoint", tmp_path / "checkpoint")
+    digests = []
+    for content in ("a  x\n", "b  x\n"):
+        (tmp_path / "checkpoint" / "SHA256SUMS").write_text(content)
+        digests.append(_digest(tmp_path / "checkpoint"))
+    assert None not in digests and digests[0] != digests[1]

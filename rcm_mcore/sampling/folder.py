@@ -31,6 +31,7 @@ from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.evaluation.report import write_gif
+from rcm_mcore.interop import MANIFEST
 from rcm_mcore.sampling.request import Draw, SampleRequest, draws_of, time_steps
 from rcm_mcore.sampling.sampler import Sampler
 
@@ -195,9 +196,9 @@ def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(checkpoint: Path) -> str | None:
-    """SHA-256 of a checkpoint's manifest, which has the size and the CRC-32 of every file; none without a manifest."""
-    manifest = checkpoint / "manifest.json"
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    """SHA-256 of a checkpoint's manifest, a run's or a conversion's, which tells every file; none without a manifest."""
+    manifest = next((file for name in ("manifest.json", MANIFEST) if (file := checkpoint / name).is_file()), None)
+    return None if manifest is None else hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
 def _version(package: str) -> str | None:
