@@ -444,6 +444,11 @@ def test_text_encoders_of_both_kinds(tmp_path: Path) -> None:
     ids = AutoTokenizer.from_pretrained(tmp_path)("a red square", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(rows, encoder(ids).last_hidden_state[0])
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack \['encoder.block.1.layer.0.SelfAttention.q.weight'\]"):
+        TextEncoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="model_type=bert: must be one of umt5, t5"):
         TextEncoder(tmp_path)

@@ -125,7 +125,8 @@ class TextEncoder:
             folder: see the class.
             device: of the encoder.
             dtype: of its weights; bfloat16 halves the 22 GB of umt5-xxl's encoder.
-        Raises: ValueError when the folder has no encoder or no tokenizer, or an encoder of another kind.
+        Raises: ValueError when the folder has no encoder or no tokenizer, or an encoder of another kind or without
+            some of its weights.
         """
         folder = Path(folder)
         parts: dict[str, Path] = {}
@@ -141,7 +142,11 @@ class TextEncoder:
         if kind not in _ENCODERS:  # another class would fill what it does not find with random weights
             raise ValueError(f"text encoder folder {folder}: model_type={kind}: must be one of {', '.join(_ENCODERS)}")
         self._tokenizer = AutoTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True)
-        encoder = _ENCODERS[kind].from_pretrained(parts["text_encoder"], local_files_only=True, dtype=dtype)
+        encoder, report = _ENCODERS[kind].from_pretrained(
+            parts["text_encoder"], local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):  # they would stay random
+            raise ValueError(f"text encoder folder {folder}: its weights lack {missing[:5]}")
         self._encoder = encoder.eval().requires_grad_(False).to(device)
 
     @property
