@@ -390,3 +390,23 @@ def test_a_teacher_of_an_older_version_is_of_its_family(tmp_path):
     tree["model"] |= {"condition": "image"}
     with pytest.raises(ValueError, match=r"has model\.condition=text, this run has image"):
         check_teacher(parse_config(tree))
+
+
+def test_a_changed_bit_is_not_read(tmp_path, mesh):
+    """Of a run's checkpoint, whose manifest tells; nothing else would."""
+    fill = lambda path: (write_network(path / "in", {"a": torch.ones(1000)}, MODEL), lift(path / "in"))
+    path = CheckpointFolder(tmp_path / "run").save(5, fill, keep_last=1)
+    assert read_network(path)[0]["a"].eq(1).all()
+    data = path / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[content.find(torch.ones(100).numpy().tobytes()) + 2] ^= 64
+    data.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step_000000005 is damaged: __0_0\.distcp has changed"):
+        read_network(path)
+
+
+def lift(folder):
+    """The files of a folder into the one that holds it."""
+    for file in folder.iterdir():
+        file.rename(folder.parent / file.name)
+    folder.rmdir()
