@@ -16,11 +16,10 @@ import yaml
 from diffusers import WanTransformer3DModel
 
 from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder, load_network, network, read_network, write_network
-from rcm_mcore.config import parse_config, to_yaml
+from rcm_mcore.config import parse_config
 from rcm_mcore.models import build_model
 from rcm_mcore.training.networks import make_trained
-from rcm_mcore.training.setup import check_teacher
-from rcm_mcore.training.state import RunState, read_state, write_state
+from rcm_mcore.training.state import RunState, write_state
 
 CONFIG = parse_config(tiny.config("shards", "run", "distill", distill={"teacher": "teacher"}))
 MODEL = yaml.safe_load(yaml.safe_dump(tiny.MODEL | {"patch_size": [1, 2, 2]}))
@@ -366,30 +365,6 @@ def test_conversion_refuses_without_a_traceback(trained, tmp_path, capsys, mesh)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "taken" in lines[0] and "nowhere" in lines[1]
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "file"]
-
-
-def test_a_run_of_an_older_version_is_of_the_same_model(tmp_path):
-    """Its `model` section lacks the fields that came since; what is refused here is what comes after the models agree."""
-    config = parse_config(tiny.config("shards", tmp_path / "run"))
-    write_network(tmp_path / "c", {"a": torch.zeros(2)}, {})
-    tree = yaml.safe_load(to_yaml(config))
-    for name in ("family", "condition", "adaln_rank", "rope_ratios", "image_dim", "image_len"):
-        del tree["model"][name]
-    (tmp_path / "c" / "config.yaml").write_text(yaml.safe_dump(tree))
-    (tmp_path / "c" / "state.json").write_text('{"step": 1, "own_steps": {"student": 1}, "data": {}}')
-    with pytest.raises(ValueError, match=r"holds a run that trains \['student'\]"):
-        read_state(tmp_path / "c", [], config=config, mesh=None)
-
-
-def test_a_teacher_of_an_older_version_is_of_its_family(tmp_path):
-    section = {"size": "tiny", "num_layers": 2, "hidden_size": 48, "num_attention_heads": 2, "ffn_hidden_size": 64}
-    section |= {"in_channels": 4, "freq_dim": 16, "text_dim": 8, "text_len": 5}
-    write_network(tmp_path / "teacher", {"a": torch.zeros(2)}, section)
-    tree = tiny.config("shards", tmp_path / "run", "distill", distill={"teacher": str(tmp_path / "teacher")})
-    check_teacher(parse_config(tree))
-    tree["model"] |= {"condition": "image"}
-    with pytest.raises(ValueError, match=r"has model\.condition=text, this run has image"):
-        check_teacher(parse_config(tree))
 
 
 def test_a_changed_bit_is_not_read(tmp_path, mesh):
