@@ -86,6 +86,8 @@ class SampleFolder:
             sections = {name: dict(there[name]) for name in self._asked}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is not of this program: choose another folder or remove it") from None
+        if not (there.get("complete") or self._latents.is_file() or any(self._parts.glob("*.safetensors"))):
+            return False  # nothing was made, as when a prompt was too long: any request may begin here
         for name, asked in self._asked.items():
             for field, value in asked.items():
                 if sections[name].get(field) != value:
