@@ -53,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     how("--dtype", choices=("bfloat16", "float32", "float64"), help="of the network; default as in the checkpoint")
     parts = parser.add_argument_group("other networks").add_argument
     parts("--pipeline", metavar="FOLDER", help="diffusers folder with vae, text_encoder and tokenizer")
-    parts("--text-encoder", metavar="FOLDER", help="UMT5 encoder and tokenizer, if not those of --pipeline")
+    parts(
+        "--text-encoder", metavar="FOLDER", help="UMT5 (Wan) or T5 (Cosmos) encoder and tokenizer, if not those of --pipeline"
+    )
     parts("--vae", metavar="FOLDER", help="AutoencoderKLWan, if not that of --pipeline; without either, latents are written")
     parts("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
     parts("--tiled", action="store_true", help="decode in tiles: less memory, seams are blended")
@@ -99,7 +101,7 @@ def _request(args: dict[str, Any]) -> tuple[SampleRequest, Output]:
     output |= {"folder": args.pop("out"), "vae": output["vae"] or pipeline}
     args["text_encoder"] = args["text_encoder"] or pipeline
     if args["text_encoder"] is None:
-        raise ValueError("--text-encoder: give a folder with a UMT5 encoder and its tokenizer, or --pipeline")
+        raise ValueError("--text-encoder: give a folder with a UMT5 or T5 encoder and its tokenizer, or --pipeline")
     args["prompts"] = _prompts(args.pop("prompt"), args["prompts"])
     size, frames = args.pop("size"), args.pop("frames")
     args["latent_shape"] = _latent_shape(args["checkpoint"], size, frames, args["latent_shape"])

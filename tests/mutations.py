@@ -81,7 +81,7 @@ SAMPLERS = _mutations(
     ("velocity(x / scale, s).double()", "velocity(x, s).double()", "test_few_step_of_gaussian_data"),
     ("steps - 1 > len(mid_times)", "steps > len(mid_times)", "test_few_step_times"),
     ("*mid_times[: steps - 1]", "*mid_times[1 - steps :]", "test_few_step_times"),
-    ("a < b for a, b", "a <= b for a, b", "test_repeated_mid_times_are_allowed"),
+    ("a >= b for a, b", "a > b for a, b", "test_repeated_mid_times_are_allowed"),
     ("1 + (shift - 1) * u)", "1 + shift * u)", "test_shifted_sigmas"),
     ("(s_next - s) * velocity(x, x.new_full((len(x),), s))", "(s_next - s) * velocity(x, x.new_full((len(x),), s_next))",
      "test_euler_equals_the_stock_scheduler"),

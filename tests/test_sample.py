@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from rcm_mcore.data.vae import VideoVAE
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
 from rcm_mcore.sampling import SampleRequest, draws_of
 from rcm_mcore.sampling.background import Background
+from rcm_mcore.sampling.folder import Output, SampleFolder, _digest
 
 NAMES = ["000_a-red-fox.mp4", "001_a-blue-whale-at-night.mp4", "002_a-green-bird.mp4"]
 
@@ -241,6 +243,11 @@ def refused(parts, monkeypatch, capsys):
         (["--sampler", "euler", "--guidance", "2", "--negative-prompt", "x", "--negative-embedding", "y"], "give one of them"),
         (["--which", "ema"], "holds no ema network; it holds: student"),
         (["--fps", "0"], "--fps 0.0: must be positive"),
+        (["--fps", "inf"], "--fps inf: must be positive"),
+        (["--sigma-max", "nan"], "must fall from arctan"),
+        (["--steps", "2", "--mid-times", "nan"], "must fall from arctan"),
+        (["--sampler", "unipc", "--shift", "nan"], "shift=nan positive"),
+        (["--sampler", "euler", "--guidance", "nan"], "--guidance nan: must be a number"),
         (["--vae", "VAE4"], "--vae .*: its latents have 4 channels, the network's 16"),
         (["--text-encoder", "nowhere"], "--text-encoder nowhere: no tokenizer_config.json in it or in tokenizer/"),
         (["--checkpoint", "IMAGE"], "model.condition=image, but this program gives a network prompts alone"),
@@ -277,3 +284,29 @@ def test_background_is_bounded_and_raises():
         for i in range(9):
             background.put(i)
         pytest.fail("too late")
+
+
+def test_a_converted_checkpoint_that_changes_is_told_apart(parts, tmp_path):
+    """Converted again under the same name: its samples are others."""
+    shutil.copytree(parts / "checkpoint", tmp_path / "checkpoint")
+    digests = []
+    for content in ("a  x\n", "b  x\n"):
+        (tmp_path / "checkpoint" / "SHA256SUMS").write_text(content)
+        digests.append(_digest(tmp_path / "checkpoint"))
+    assert None not in digests and digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("made", [None, ".parts/0.safetensors", "latents.safetensors"])
+def test_a_request_that_made_nothing_stands_in_nobodys_way(parts, tmp_path, made):
+    """A prompt that is too long is known when the network is there: the corrected one goes to the same folder."""
+    shape = dict(latent_shape=(16, 1, 4, 4), checkpoint=str(parts / "checkpoint"), text_encoder="")
+    output = Output(folder=str(tmp_path))
+    first = SampleFolder(SampleRequest(prompts=("too long",), **shape), output)
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / "samples.json").write_text(json.dumps({"complete": False, **first._asked}))
+    if made is None:
+        assert not SampleFolder(SampleRequest(prompts=("shorter",), **shape), output).is_complete
+        return
+    (tmp_path / made).touch()
+    with pytest.raises(ValueError, match="another request"):
+        SampleFolder(SampleRequest(prompts=("shorter",), **shape), output)

@@ -31,6 +31,7 @@ from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.evaluation.report import write_gif
+from rcm_mcore.interop import MANIFEST
 from rcm_mcore.sampling.request import Draw, SampleRequest, draws_of, time_steps
 from rcm_mcore.sampling.sampler import Sampler
 
@@ -85,6 +86,8 @@ class SampleFolder:
             sections = {name: dict(there[name]) for name in self._asked}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is not of this program: choose another folder or remove it") from None
+        if not (there.get("complete") or self._latents.is_file() or any(self._parts.glob("*.safetensors"))):
+            return False  # nothing was made, as when a prompt was too long: any request may begin here
         for name, asked in self._asked.items():
             for field, value in asked.items():
                 if sections[name].get(field) != value:
@@ -195,9 +198,9 @@ def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(checkpoint: Path) -> str | None:
-    """SHA-256 of a checkpoint's manifest, which has the size and the CRC-32 of every file; none without a manifest."""
-    manifest = checkpoint / "manifest.json"
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    """SHA-256 of a checkpoint's manifest, a run's or a conversion's, which tells every file; none without a manifest."""
+    manifest = next((file for name in ("manifest.json", MANIFEST) if (file := checkpoint / name).is_file()), None)
+    return None if manifest is None else hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def check_output(request: SampleRequest, output: Output, world_size: int) -> Non
             raise ValueError(f"--text-encoder {encoder}: no {marker} in it or in {part}/")
     if output.codec is not None and output.vae is not None:
         raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
-    if not output.fps > 0:
+    if not 0 < output.fps < math.inf:
         raise ValueError(f"--fps {output.fps}: must be positive")
     for flag, path in (("vae", output.vae), ("codec", output.codec)):
         if path is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,8 @@ def check(config: SamplerConfig, world_size: int) -> ModelConfig:
     validate_mesh(model, config.mesh, world_size, tokens=tokens)
     require_network(config.checkpoint, config.which)
     time_steps(config)
+    if not math.isfinite(config.guidance):
+        raise ValueError(f"--guidance {config.guidance}: must be a number")
     if config.sampler == "few_step" and config.guidance != 1.0:
         raise ValueError(f"--guidance {config.guidance}: a distilled student is sampled without guidance; leave it at 1")
     if config.negative_prompt is not None and config.negative_embedding is not None:
