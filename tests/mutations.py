@@ -208,7 +208,9 @@ STEPS = _mutations(
      "test_critic_step"),
     ("roles.negative, condition.text))", "condition.text, condition.text))", "test_pretrain_step"),
     ("(eps - latents)[rows]", "(latents - eps)[rows]", "test_pretrain_step"),
-    ("/ eps[0].numel()", "/ eps.numel()", "test_pretrain_step"),
+    ("/ (eps[0].numel() * share)", "/ (eps.numel() * share)", "test_pretrain_step"),
+    ("/ (eps[0].numel() * share)", "/ eps[0].numel()", "test_means_are_over_frames_that_are_not_given"),
+    ("teacher, share=share)", "teacher)", "test_means_are_over_frames_that_are_not_given"),
 ) + _mutations(
     "rcm_mcore/distill/roles.py",
     "tests/test_steps.py",
