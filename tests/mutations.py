@@ -440,6 +440,38 @@ DATA = _mutations(
     "tests/test_shards.py",
     ("weights_only=True", "weights_only=False", "test_a_malicious_pickle_is_refused_not_run"),
     ("if not finite.all()", "if torch.isnan(tensor).any()", "test_bad_samples_are_skipped_counted_and_logged"),
+    ('if model.condition == "first_last" and sample.latent', 'if model.condition == "other" and sample.latent',
+     "test_samples_without_what_an_image_network_takes_are_bad_and_fine_for_others"),
+) + _mutations(
+    "rcm_mcore/data/build.py",
+    "tests/test_encode.py",
+    ("return [block for block in self.blocks[rank::world_size] if self._finished(block) is None]",
+     "return [block for block in self.blocks if self._finished(block) is None][rank::world_size]",
+     "test_any_number_of_ranks_writes_the_same"),  # dealt anew while others finish theirs
+    ('f"shard_{block:06d}.tar"', 'f"shard_{len(list(self.root.rglob(\'*.tar\'))):06d}.tar"',
+     "test_any_number_of_ranks_writes_the_same"),
+    ("return record if whole else None", "return record",
+     "test_a_complete_folder_is_left_alone_and_a_lost_or_cut_shard_is_written_anew"),
+    ("if missing or any(record is None for record in records):", "if missing:", "test_any_number_of_ranks_writes_the_same"),
+) + _mutations(
+    "rcm_mcore/data/image.py",
+    "tests/test_encode.py",
+    ("video = frames.new_zeros(", "video = -frames.new_ones(",  # black, not grey
+     "test_given_frames_are_what_wans_pipeline_prepares"),
+    ("hidden_states[-2]", "hidden_states[-1]", "test_given_frames_are_what_wans_pipeline_prepares"),
+) + _mutations(
+    "rcm_mcore/data/media_input.py",
+    "tests/test_media_input.py",
+    ("<= (time + now) / 2:", "< now:", "test_frames_are_the_nearest_in_time"),
+) + _mutations(
+    "rcm_mcore/data/text.py",
+    "tests/test_text.py",
+    ('"t5": (T5EncoderModel, False)', '"t5": (T5EncoderModel, True)', "test_embeddings_are_the_pipelines"),
+) + _mutations(
+    "rcm_mcore/sampling/synthesize.py",
+    "tests/test_synthesize.py",
+    ("sampler.latents(good, rows)", "sampler.latents(range(len(good)), rows)",
+     "test_sample_i_is_what_the_sampler_makes_of_line_i"),
 )  # fmt: skip
 
 INTEROP = _mutations(

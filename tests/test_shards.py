@@ -368,6 +368,13 @@ def test_inspection_reports_contents_and_bad_samples(tmp_path, tool, capsys):
         assert line in out
 
 
+def test_inspection_shows_given_frames_and_image_rows(tmp_path, tool, capsys):
+    (path,) = write_shards([image_sample(0), make_sample(1)], tmp_path, samples_per_shard=2)
+    assert tool([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "given     float32 [2, 3, 2, 2]" in out and "image     bfloat16 [3, 6]" in out
+
+
 def test_inspection_exits_with_2_on_unreadable_input(tmp_path, tool, capsys):
     good = write_good(tmp_path / "good.tar", [0])
     cut = write_good(tmp_path / "cut.tar", range(3))

@@ -19,6 +19,7 @@ class ShardReport:
         formats: good samples by format.
         latents: good samples by dtype and shape of the latent, such as "bfloat16 [16, 21, 60, 104]".
         texts: good samples by dtype and width of the text rows, such as "bfloat16 [*, 4096]".
+        given, images: likewise, of the given frames and image rows of samples that have them.
         text_rows: rows that carry text, of each good sample.
         latent_mean, latent_std: over all values of the good samples; nan without any.
         prompts: of the first good samples.
@@ -30,6 +31,8 @@ class ShardReport:
     formats: Counter[str] = field(default_factory=Counter)
     latents: Counter[str] = field(default_factory=Counter)
     texts: Counter[str] = field(default_factory=Counter)
+    given: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     text_rows: list[int] = field(default_factory=list)
     latent_mean: float = float("nan")
     latent_std: float = float("nan")
@@ -49,6 +52,9 @@ class ShardReport:
         if rows:
             lines.insert(4, f"            mean {self.latent_mean:.4f}, std {self.latent_std:.4f}")
             lines.append(f"            rows min {min(rows)}, mean {sum(rows) / len(rows):.1f}, max {max(rows)}")
+        for name, counts in (("given", self.given), ("image", self.images)):
+            if counts:
+                lines.append(f"  {name:9} {_counts(counts)}")
         lines += [f"  prompt    {prompt}" for prompt in self.prompts]
         lines += [f"  bad       {key}: {reason}" for key, reason in self.bad]
         if self.damage is not None:
@@ -86,7 +92,9 @@ def inspect_shard(path: str | os.PathLike[str], *, prompts: int = 3) -> ShardRep
 
 def _add(report: ShardReport, sample: Sample, format: str, prompts: int) -> None:
     report.formats[format] += 1
-    report.latents[f"{_name(sample.latent.dtype)} {list(sample.latent.shape)}"] += 1
+    for counter, tensor in ((report.latents, sample.latent), (report.given, sample.given), (report.images, sample.image)):
+        if tensor is not None:
+            counter[f"{_name(tensor.dtype)} {list(tensor.shape)}"] += 1
     report.texts[f"{_name(sample.embed.dtype)} [*, {sample.embed.shape[1]}]"] += 1
     report.text_rows.append(sample.embed.shape[0])
     if len(report.prompts) < prompts:

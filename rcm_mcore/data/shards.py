@@ -245,19 +245,42 @@ def write_shards(samples: Iterable[Sample], folder: str | os.PathLike[str], *, s
     return paths
 
 
+class ShardWriter:
+    """A shard in our format, under a partial name until `commit`; leaving the context without it removes what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.samples = path, 0
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._temporary.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115
+        self._tar = TarWriter(self._file, encoder=False, mtime=0)
+
+    def add(self, index: int, sample: Sample) -> None:
+        """Appends a sample, whose key is the 9-digit index. Raises: ValueError if it could not be read back; OSError."""
+        self._tar.write({"__key__": f"{index:09d}", **_encode(sample, index)})
+        self.samples += 1
+
+    def commit(self) -> None:
+        """Ends the shard and gives it its name."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())  # a name must not outlive its contents in a crash
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
 def _write_shard(samples: Iterable[tuple[int, Sample]], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for index, sample in samples:
-                    tar.write({"__key__": f"{index:09d}", **_encode(sample, index)})
-            file.flush()
-            os.fsync(file.fileno())  # a name must not outlive its contents in a crash
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with ShardWriter(path) as shard:
+        for index, sample in samples:
+            shard.add(index, sample)
+        shard.commit()
 
 
 def _encode(sample: Sample, index: int) -> dict[str, bytes]:
