@@ -475,17 +475,48 @@ DATA = _mutations(
 )  # fmt: skip
 
 INTEROP = _mutations(
+    "rcm_mcore/interop/tables.py",
+    "tests/test_interop_names.py",
+    ("torch.stack([x.unflatten(0, (heads, -1)) for x in xs], dim=1).flatten(0, 2)", "torch.cat(xs)",
+     "test_mcore_names_and_layout[cosmos]"),
+    ("name.removeprefix(_PREFIXES[which])", 'name.replace("net.", "")', "test_shapes_and_network_are_found[wan]"),
+    ("if which != \"student\" and not name.startswith(_PREFIXES[which]):", "if False:",
+     "test_networks_of_a_training_checkpoint_by_prefix"),
+) + _mutations(
     "rcm_mcore/interop/wan_names.py",
-    "tests/test_interop.py",
-    ("torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)", "torch.cat(parts)",
-     "test_mcore_names_and_layout"),
-    ('"norm3": "norm2",', '"norm3": "norm3",', "test_hub_names_are_the_official_ones"),
-    ('.removeprefix("net.")', '.replace("net.", "")', "test_hub_names_are_the_official_ones"),
+    "tests/test_interop_names.py",
+    ('"norm3": "norm2",', '"norm3": "norm3",', "test_diffusers_own_converter_agrees_on_wan[wan]"),
+    ('"cross_attn.linear_kv_img": ("cross_attn.k_img", "cross_attn.v_img")',
+     '"cross_attn.linear_kv_img": ("cross_attn.v_img", "cross_attn.k_img")', "test_mcore_names_of_images[wan image]"),
+) + _mutations(
+    "rcm_mcore/interop/cosmos_names.py",
+    "tests/test_interop_names.py",
+    ('"mlp.layer1": "ff.net.0.proj",\n    "mlp.layer2": "ff.net.2",',
+     '"mlp.layer1": "ff.net.2",\n    "mlp.layer2": "ff.net.0.proj",',
+     "test_diffusers_own_converter_agrees_on_cosmos[cosmos]"),
+    ("channels + 2: \"frames\"", "channels + 2: \"text\"", "test_shapes_and_network_are_found[cosmos frames]"),
 ) + _mutations(
     "rcm_mcore/interop/files.py",
+    "tests/test_interop_files.py",
+    ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
+     "test_pickle_that_runs_code_is_refused[True]"),
+    ("tensor.storage_offset() * tensor.dtype.itemsize", "0", "test_what_torch_saves_is_read"),
+) + _mutations(
+    "rcm_mcore/interop/destination.py",
+    "tests/test_interop_files.py",
+    ("        yield partial\n", "        partial = path\n        yield partial\n",
+     "test_a_failed_write_leaves_nothing[failure0-diffusers out]"),
+) + _mutations(
+    "rcm_mcore/interop/destination.py",
     "tests/test_interop.py",
-    ("weights_only=True", "weights_only=False", "test_pickle_that_runs_code_is_refused"),
-    ("        yield partial\n", "        partial = path\n        yield partial\n", "test_destinations"),
+    ("if _digest(file) != digest:", "if False:", "test_manifests"),
+) + _mutations(
+    "rcm_mcore/interop/shipped/rcm_scheduler.py",
+    "tests/test_interop_pipeline.py",
+    ("s = [math.sin(t) / (math.sin(t) + math.cos(t)) for t in self._times(num_inference_steps)]",
+     "s = [math.sin(t) for t in self._times(num_inference_steps)]", "test_wan_pipeline_equals_our_sampler[4]"),
+    ("x0 = x0 + self.sigmas[i + 1] * noise", "x0 = (1 - self.sigmas[i + 1]) * x0 + self.sigmas[i + 1] * noise",
+     "test_cosmos_pipeline_equals_our_sampler"),
 )  # fmt: skip
 
 TRAINING = _mutations(

@@ -66,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="TrigFlow times between; default 1.5 1.4 1.0, Cosmos 1.3 1.0 0.6",
     )
+    group.add_argument(
+        "--stock-scheduler",
+        action="store_const",
+        const=True,
+        help="let the pipeline load diffusers' own scheduler: then it needs no trust_remote_code, but must be told the times",
+    )
     group.add_argument("--license", metavar="ID", help="license field of the model card; default other")
     group.add_argument("--base-model", metavar="NAME", help="base_model field of the model card; default the name of BASE")
     return parser
@@ -112,7 +118,7 @@ def _pipeline(arguments: argparse.Namespace):
     """The options of a whole pipeline, or None."""
     from rcm_mcore.interop import PipelineOptions
 
-    names = ("steps", "sigma_max", "mid_times", "license", "base_model")
+    names = ("steps", "sigma_max", "mid_times", "stock_scheduler", "license", "base_model")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.pipeline is not None:
         return PipelineOptions(base=arguments.pipeline, **given)

@@ -102,11 +102,12 @@ def convert(
     """Converts src to dst, bit-exactly unless dtype is given; dst appears when it is complete, or not at all.
 
     dtype: of the written tensors; None keeps each tensor's. A Wan diffusers folder cast to bfloat16 keeps in float32 what
-        diffusers loads in float32: the time embedding, the modulations and the cross-attention norms.
+        diffusers loads in float32: the time embedding, the modulations, the norms with a bias.
     formats: name -> Format; default FORMATS.
 
-    Raises: ValueError for an unknown format, an unreadable source, a source that is no network of a known kind or not of
-        the sizes that its configuration says, and an existing destination; OSError when writing fails.
+    Raises: ValueError for an unknown format, an unreadable source or one that is not what its manifest says, a source that is
+        no network of a known kind or not of the sizes that its configuration says, and an existing destination; OSError when
+        writing fails.
     """
     known = FORMATS if formats is None else formats
     read, write = read or ReadOptions(), write or WriteOptions()
@@ -128,6 +129,7 @@ def convert(
             raise ValueError(f"{src} holds a network of the family {model.family}, {name} files one of {known_format.family}")
     if write.pipeline is not None:
         check_base(write.pipeline, model)
+    verify(src / "transformer" if (src / "transformer").is_dir() else src)  # reads it all, so after every other check
     if dtype is not None:
         hub = {name: _cast(weight, _target_dtype(name, dtype, model, target)) for name, weight in hub.items()}
     assert target.write is not None  # checked above
@@ -201,7 +203,8 @@ def _cast(weight: Weight, dtype: torch.dtype) -> Weight:
 
 
 def _target_dtype(name: str, dtype: torch.dtype, model: ModelConfig, target: Format) -> torch.dtype:
-    island = name.endswith("modulation") or name.startswith("time_embedding.") or ".norm3." in name
+    norms = ("img_emb.proj.0.", "img_emb.proj.4.")
+    island = name.endswith("modulation") or name.startswith(("time_embedding.", *norms)) or ".norm3." in name
     keep = island and model.family == "wan" and target.fp32_islands and dtype == torch.bfloat16
     return torch.float32 if keep else dtype
 
@@ -231,19 +234,13 @@ def _read_files(
     return hub, maps.infer_model(hub, head_dim=options.head_dim)
 
 
-def _open_verified(path: Path) -> Mapping[str, LazyTensor]:
-    weights = open_tensors(path)
-    verify(path)
-    return weights
-
-
 def _read_wan(path: Path, options: ReadOptions) -> tuple[Weights, ModelConfig]:
     """The official config.json of a folder, where it has one, tells the width of a head."""
     if options.head_dim is None and path.is_dir() and (path / "config.json").is_file():
         config = read_json(path / "config.json")
         if isinstance(dim := config.get("dim"), int) and isinstance(heads := config.get("num_heads"), int) and heads > 0:
             options = ReadOptions(which=options.which, head_dim=dim // heads)
-    return _read_files(maps.official_to_hub, _open_verified, path, options)
+    return _read_files(maps.official_to_hub, open_tensors, path, options)
 
 
 def _write_wan(path: Path, hub: Weights, model: ModelConfig, options: WriteOptions) -> None:
@@ -292,14 +289,14 @@ FORMATS: Mapping[str, Format] = {
     "diffusers": Format(read=_read_diffusers, write=_write_diffusers, fp32_islands=True),
     "wan": Format(read=_read_wan, write=_write_wan, suffixes=(*TORCH_SUFFIXES, SAFETENSORS_SUFFIX), folder=True, family="wan"),
     "cosmos": Format(
-        read=partial(_read_files, maps.official_to_hub, _open_verified),
+        read=partial(_read_files, maps.official_to_hub, open_tensors),
         write=_write_rcm,
         suffixes=TORCH_SUFFIXES,
         family="cosmos",
         several=True,
     ),
     "rcm": Format(
-        read=partial(_read_files, maps.rcm_to_hub, _open_verified), write=_write_rcm, suffixes=TORCH_SUFFIXES, several=True
+        read=partial(_read_files, maps.rcm_to_hub, open_tensors), write=_write_rcm, suffixes=TORCH_SUFFIXES, several=True
     ),
     "rcm_dcp": Format(read=partial(_read_files, maps.rcm_to_hub, _open_rcm_dcp), several=True),
 }

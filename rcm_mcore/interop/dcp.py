@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
-from rcm_mcore.interop.lazy import LazyTensor, Weight, Weights, loaded
+from rcm_mcore.interop.lazy import LazyTensor, Weight, loaded
 
 # What the index of a checkpoint, a pickle, is made of.
 _INDEX_MODULES = ("metadata", "planner", "filesystem")
@@ -21,6 +23,7 @@ _INDEX_CLASSES = {
     "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "SavePlan", "StorageMeta", "TensorProperties",
     "TensorStorageMetadata", "TensorWriteData", "WriteItem", "WriteItemType", "_MEM_FORMAT_ENCODING", "_StorageInfo",
 }  # fmt: skip
+_DATA = "__0_0.distcp"
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -76,19 +79,21 @@ def open_folder(path: Path, index: Metadata | None = None) -> dict[str, LazyTens
     return found
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans with tensors that have no data and loads each when it is written."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self._weights = weights
-
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return loaded(self._weights[index.fqn]).detach().contiguous()
-
-
 def write_folder(path: Path, weights: Mapping[str, Weight]) -> None:
-    """Write weights by key into an existing folder, one tensor at a time; replaces its index. Not atomic."""
-    plan = {key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()}
-    writer = dcp.FileSystemWriter(str(path), thread_count=1, overwrite=True)
-    dcp.save(plan, storage_writer=writer, planner=_LazyPlanner(weights), no_dist=True)
+    """Write weights by key into an existing folder, one tensor at a time; replaces its index. Not atomic.
+
+    torch's plan and index around a loop of ours: its own writer holds every tensor until a file is complete.
+    """
+    planner = DefaultSavePlanner()
+    empty = {key: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for key, weight in weights.items()}
+    planner.set_up_planner(empty, is_coordinator=True)
+    (plan,), index = planner.create_global_plan([planner.create_local_plan()])
+    results = []
+    with (path / _DATA).open("wb") as file:
+        for item in plan.items:
+            begin = file.tell()
+            # A tensor is pickled with its whole storage.
+            torch.save(loaded(weights[item.index.fqn]).detach().clone(memory_format=torch.contiguous_format), file)
+            length = file.tell() - begin
+            results.append(WriteResult(item.index, length, _StorageInfo(_DATA, begin, length)))
+    dcp.FileSystemWriter(str(path), overwrite=True).finish(index, [results])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rcm_mcore.config import ModelConfig
-from rcm_mcore.interop.destination import verify
 from rcm_mcore.interop.files import MAX_SHARD_BYTES, Progress, open_tensors, read_json, save_shards, write_json
 from rcm_mcore.interop.lazy import LazyTensor, Weights
 from rcm_mcore.interop.maps import make_model
@@ -187,9 +186,7 @@ def read_diffusers(folder: Path) -> tuple[dict[str, LazyTensor], ModelConfig]:
         model = model_of_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors = open_tensors(home)
-    verify(home)
-    return tensors, model
+    return open_tensors(home), model
 
 
 def write_diffusers(

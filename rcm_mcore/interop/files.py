@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +25,6 @@ TORCH_SUFFIXES = (".pt", ".pth")
 SAFETENSORS_SUFFIX = ".safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 
-_REMAP_BYTES = 1 << 30  # read through one mapping: pages that were touched stay in memory as long as it lives
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,7 +57,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == SAFETENSORS_SUFFIX:
         return _open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _TorchFile(path).tensors()
+        return _open_torch(path)
     raise ValueError(f"{path}: expected a name ending in {endings((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))}, or a folder")
 
 
@@ -104,67 +107,70 @@ class Counter:
             self._progress(self._done, self.total)
 
 
-class _TorchFile:
-    """A torch file mapped into memory, anew after every gigabyte so that what was read can leave memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._zip = path, zipfile.is_zipfile(path)
-        self._mapped, self._read = self._load(), 0
-
-    def tensors(self) -> dict[str, LazyTensor]:
-        return {
-            name: LazyTensor(tensor.shape, tensor.dtype, partial(self._tensor, name)) for name, tensor in self._mapped.items()
-        }
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        if self._zip and self._read > _REMAP_BYTES:
-            self._mapped, self._read = {}, 0
-            self._mapped = self._load()
-        tensor = self._mapped[name]
-        self._read += tensor.nbytes
-        return tensor
-
-    def _load(self) -> dict[str, torch.Tensor]:
-        path = self._path
-        try:
-            content = torch.load(path, map_location="cpu", mmap=self._zip, weights_only=True)
-        except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"{path}: refused, not a torch file of nothing but tensors (it is damaged, or its pickle wants to run code): "
-                f"{type(error).__name__}: {reason}"
-            ) from error
-        if isinstance(content, dict) and isinstance(content.get("model"), dict):
-            content = content["model"]
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
-        content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
-        strange = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
-        if strange:
-            raise ValueError(f"{path}: expected a dict of tensors; {len(strange)} are none: {', '.join(strange[:20])}")
-        return {name: tensor.detach() for name, tensor in content.items()}
+def _open_torch(path: Path) -> dict[str, LazyTensor]:
+    """Read by place in the file: torch's own mapping of a file can be refused where memory is less than the file."""
+    in_zip = zipfile.is_zipfile(path)
+    try:
+        with FakeTensorMode() if in_zip else contextlib.nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{path}: refused, not a torch file of nothing but tensors (it is damaged, or its pickle wants to run code): "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
+    content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
+    strange = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path}: expected a dict of tensors; {len(strange)} are none: {', '.join(strange[:20])}")
+    tensors = {}
+    for name, tensor in content.items():
+        if in_zip:
+            place = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+            load = partial(_read, path, place, tensor.shape, tensor.stride(), tensor.dtype)
+        else:
+            load = tensor.detach
+        tensors[name] = LazyTensor(tensor.shape, tensor.dtype, load)
+    return tensors
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Opened again for every tensor: the mapping of a file lives as long as one of its tensors."""
-
-    def load(name: str) -> torch.Tensor:
-        with safetensors.safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
+    """Checked by the library, read by place in the file like a torch file."""
     tensors = {}
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part = file.get_slice(name)
-                dtype = part.get_dtype()
-                if dtype not in _DTYPES:
-                    raise ValueError(f"{path}: {name} has the dtype {dtype}, which cannot be read")
-                shape = torch.Size(part.get_shape())
-                tensors[name] = LazyTensor(shape, _DTYPES[dtype], partial(load, name))
-    except (safetensors.SafetensorError, OSError) as error:
+        with safetensors.safe_open(path, "np"):  # without torch's mapping
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{path}: {name} has the dtype {entry['dtype']}, which cannot be read")
+        dtype, shape = _DTYPES[entry["dtype"]], torch.Size(entry["shape"])
+        stride = torch.empty(shape, device="meta").stride()
+        place = 8 + length + entry["data_offsets"][0]
+        tensors[name] = LazyTensor(shape, dtype, partial(_read, path, place, shape, stride, dtype))
     return tensors
+
+
+def _read(path: Path, place: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor whose first element is at a place in a file. Raises: ValueError when the file ends too early."""
+    count = 1 + sum((n - 1) * step for n, step in zip(shape, stride)) if 0 not in shape else 0
+    elements = torch.empty(count, dtype=dtype)
+    with path.open("rb") as file:
+        file.seek(place)
+        got = file.readinto(elements.view(torch.uint8).numpy().data)
+    if got != elements.nbytes:
+        raise ValueError(f"{path}: it ends {elements.nbytes - got} bytes too early")
+    return elements.as_strided(shape, stride)
 
 
 def _open_folder(folder: Path) -> dict[str, LazyTensor]:
@@ -219,10 +225,7 @@ def _save_safetensors(path: Path, weights: Weights, counter: Counter) -> None:
 
 
 def _save_torch(path: Path, weights: Weights, counter: Counter) -> None:
-    """torch.save of tensors without data, whose places in the file are then filled one by one.
-
-    The checksums that its zip format keeps are those of the empty places; torch.load does not look at them.
-    """
+    """torch.save of tensors without data, whose places in the file are then filled one by one."""
     with FakeTensorMode():
         empty = {name: torch.empty(weight.shape, dtype=weight.dtype) for name, weight in weights.items()}
     try:
@@ -232,11 +235,36 @@ def _save_torch(path: Path, weights: Weights, counter: Counter) -> None:
         raise OSError(f"{path}: writing failed (is the disk full?): {error}") from error
     with FakeTensorMode():
         places = torch.load(path, weights_only=True)
+    checksums = {}  # by place
     with path.open("r+b") as file:
         for name, weight in weights.items():
-            file.seek(places[name].untyped_storage()._checkpoint_offset)
-            file.write(_data(loaded(weight)))
+            place = places[name].untyped_storage()._checkpoint_offset
+            data = _data(loaded(weight))
+            file.seek(place)
+            file.write(data)
+            checksums[place] = zlib.crc32(data)
+            del data  # or it would be there while the next is loaded
             counter.add(weight)
+    _write_checksums(path, checksums)
+
+
+def _write_checksums(path: Path, checksums: Mapping[int, int]) -> None:
+    """Put the CRC-32 of data at these places into the directory of a zip file, where torch.save left that of nothing.
+
+    torch.load does not look at them; tools for zip files do.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entry, headers = archive.start_dir, [info.header_offset for info in archive.infolist()]
+    places = sorted(checksums)
+    with path.open("r+b") as file:
+        for header, after in zip(headers, [*headers[1:], entry]):
+            file.seek(entry)
+            fixed = file.read(46)
+            here = bisect.bisect(places, header)
+            if here < len(places) and places[here] < after:
+                file.seek(entry + 16)
+                file.write(checksums[places[here]].to_bytes(4, "little"))
+            entry += 46 + sum(struct.unpack("<3H", fixed[28:34]))  # name, extra field, comment
 
 
 def _data(tensor: torch.Tensor) -> memoryview:

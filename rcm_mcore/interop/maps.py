@@ -26,7 +26,7 @@ from rcm_mcore.interop.wan_names import PATCH
 _log = logging.getLogger(__name__)
 _FAMILIES: dict[str, ModuleType] = {"wan": wan_names, "cosmos": cosmos_names}
 # Marks of a family and a condition, of the official names and of diffusers'.
-_COSMOS = ("adaln_modulation", "transformer_blocks.", "x_embedder.", "t_embedder.", "t_embedding_norm.")
+_COSMOS = ("transformer_blocks.", "x_embedder.", "t_embedder.", "t_embedding_norm.")  # at the start of a name
 _FIRST_LAST = ("img_emb.emb_pos", "image_embedder.pos_embed")
 _IMAGE = ("img_emb.", "k_img.", "v_img.", "image_embedder.", "add_k_proj.", "add_v_proj.", "norm_added_k.")
 
@@ -171,7 +171,7 @@ def plain_numerics(model: ModelConfig) -> ModelConfig:
 def _kind(names: Collection[str]) -> tuple[str, str]:
     """Family and condition of official or diffusers names; Cosmos' condition is in the shapes only."""
     has = lambda marks: any(mark in name for name in names for mark in marks)
-    if has(_COSMOS):
+    if any(name.startswith(_COSMOS) or ".adaln_modulation_" in name for name in names):
         return "cosmos", "text"
     return "wan", "first_last" if has(_FIRST_LAST) else "image" if has(_IMAGE) else "text"
 

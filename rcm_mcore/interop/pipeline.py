@@ -14,6 +14,7 @@ from typing import Any
 
 from rcm_mcore.config import ModelConfig
 from rcm_mcore.interop.files import read_json, write_json
+from rcm_mcore.interop.model_card import model_card
 
 _log = logging.getLogger(__name__)
 _REPLACED = ("transformer", "scheduler")
@@ -28,8 +29,8 @@ _PIPELINES = {
     ("cosmos", "frames"): "Cosmos2VideoToWorldPipeline",
 }
 _SCHEDULERS = {"wan": "RCMFlowScheduler", "cosmos": "RCMEDMScheduler"}
+_STOCK_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _MID_TIMES = {"wan": (1.5, 1.4, 1.0), "cosmos": (1.3, 1.0, 0.6)}
-_TAGS = {"text": "text-to-video", "image": "image-to-video", "first_last": "image-to-video", "frames": "image-to-video"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class PipelineOptions:
     steps: int = 4
     sigma_max: float = _SIGMA_MAX
     mid_times: Sequence[float] | None = None  # TrigFlow, falling; default that of the released students of the family
+    stock_scheduler: bool = False  # model_index.json names diffusers' own: loads without trust, samples wrongly until told
     license: str = "other"
     base_model: str | None = None  # name on the card; default the base folder's
 
@@ -95,7 +97,8 @@ def write_pipeline(folder: Path, options: PipelineOptions, model: ModelConfig) -
                 copied += 1
     _log.warning("%s: %d files of the base pipeline are hard links, %d are copies", options.base, linked, copied)
     _write_scheduler(folder / "scheduler", options, model)
-    scheduler = [_SCHEDULER_FILE.stem, _SCHEDULERS[model.family]]
+    custom = [_SCHEDULER_FILE.stem, _SCHEDULERS[model.family]]
+    scheduler = ["diffusers", _STOCK_SCHEDULER] if options.stock_scheduler else custom
     transformer = {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransformer3DModel"}[model.family]
     kept = {name: value for name, value in index.items() if name != "_name_or_path"}
     replaced = {
@@ -104,7 +107,15 @@ def write_pipeline(folder: Path, options: PipelineOptions, model: ModelConfig) -
         "scheduler": scheduler,
     }
     write_json(folder / "model_index.json", {**kept, **replaced})
-    (folder / "README.md").write_text(_card(options, model), encoding="utf-8")
+    name = options.base_model or options.base.name
+    card = model_card(
+        _PIPELINES[model.family, model.condition],
+        step_times(options, model.family),
+        license=options.license,
+        base_model=name,
+        stock=options.stock_scheduler,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_scheduler(folder: Path, options: PipelineOptions, model: ModelConfig) -> None:
@@ -119,7 +130,7 @@ def _write_scheduler(folder: Path, options: PipelineOptions, model: ModelConfig)
         config = {"num_train_timesteps": 1000, "shift": 1.0, "stochastic_sampling": True}
     _, *mid = step_times(options, model.family)
     config |= {
-        "_class_name": _SCHEDULERS[model.family],
+        "_class_name": _STOCK_SCHEDULER if options.stock_scheduler else _SCHEDULERS[model.family],
         "_diffusers_version": version("diffusers"),
         "rcm_sigma_max": options.sigma_max,
         "rcm_mid_times": mid,
@@ -141,108 +152,3 @@ def _components(index: dict[str, Any]) -> list[str]:
         for name, value in index.items()
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
     ]
-
-
-def _card(options: PipelineOptions, model: ModelConfig) -> str:
-    times = step_times(options, model.family)
-    rf = ", ".join(f"{math.sin(t) / (math.sin(t) + math.cos(t)):.6f}" for t in times)
-    pipeline = _PIPELINES[model.family, model.condition]
-    base = options.base_model or options.base.name
-    tag = "text-to-image" if pipeline == "Cosmos2TextToImagePipeline" else _TAGS[model.condition]
-    mid = ", ".join(f"{t:g}" for t in times[1:]) or "none"
-    usage = (_WAN_USAGE if model.family == "wan" else _COSMOS_USAGE).format(
-        pipeline=pipeline, steps=options.steps, rf=rf, channels=model.in_channels
-    )
-    return _CARD.format(
-        license=options.license,
-        base=base,
-        tag=tag,
-        steps=options.steps,
-        sigma_max=options.sigma_max,
-        mid=mid,
-        rf=rf,
-        usage=usage,
-    )
-
-
-_CARD = """\
----
-license: {license}
-base_model: {base}
-library_name: diffusers
-pipeline_tag: {tag}
-tags:
-- rcm
-- distillation
----
-
-A few-step student of {base}, distilled with rCM (score-regularized continuous-time consistency model,
-[arXiv 2510.08431](https://arxiv.org/abs/2510.08431)) by rcm-mcore.
-
-| | |
-|---|---|
-| steps | {steps} |
-| sigma max | {sigma_max:g} |
-| mid times (TrigFlow) | {mid} |
-| times of the steps (rectified flow) | {rf} |
-| guidance | none: guidance_scale=1 |
-
-{usage}
-Fewer steps take the first times. Noise between the steps comes from torch's global generator, hence `torch.manual_seed`.
-`SHA256SUMS` lists every file: `sha256sum -c SHA256SUMS`.
-"""
-
-_WAN_USAGE = """\
-The schedule is `scheduler/rcm_scheduler.py`, which diffusers runs when told to trust it:
-
-```python
-import torch
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16, trust_remote_code=True).to("cuda")
-torch.manual_seed(0)
-noise = torch.randn(1, {channels}, (frames - 1) // 4 + 1, height // 8, width // 8, device="cuda")
-video = pipe(
-    prompt, height=height, width=width, num_frames=frames, num_inference_steps={steps}, guidance_scale=1.0,
-    latents=noise * pipe.scheduler.init_noise_sigma,  # the pipeline itself would start from plain noise
-).frames[0]
-```
-
-Without it, the stock scheduler does the same once it is given the times:
-
-```python
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-sigmas = [{rf}]
-scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16, scheduler=scheduler)
-stock = scheduler.set_timesteps
-scheduler.set_timesteps = lambda n=None, device=None, **options: stock(n, device=device, sigmas=sigmas)
-# then as above, with latents=noise * sigmas[0]
-```
-"""
-
-_COSMOS_USAGE = """\
-The schedule is `scheduler/rcm_scheduler.py`, which diffusers runs when told to trust it:
-
-```python
-import torch
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16, trust_remote_code=True).to("cuda")
-torch.manual_seed(0)
-result = pipe(prompt=prompt, num_inference_steps={steps}, guidance_scale=1.0)
-```
-
-(Video-to-world: also pass `fps=None`, as the network was trained.) To sample with many steps as the teacher does, give it the
-base's own scheduler, whose settings are in the same file:
-
-```python
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16, scheduler=scheduler)
-```
-
-diffusers builds the norms of q and k with eps 1e-5 where the official network, and ours, has 1e-6.
-"""
