@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from rcm_mcore.data.media_input import to_unit
+from rcm_mcore.data.vae import VideoVAE
 
 GivenFrames = Literal["image", "first_last"]  # as ModelConfig.condition
 
@@ -32,6 +35,29 @@ def given_video(frames: Tensor, count: int) -> Tensor:
     return video
 
 
+def encode_given(frames: Tensor, count: int, *, vae: VideoVAE, image_encoder: ImageEncoder) -> tuple[Tensor, Tensor]:
+    """What a network is told of the given frames [n, 3, H, W], uint8, of a video of `count` frames.
+
+    Returns latents [C, F, h, w] of the video with zeros for the others, float32, and rows [n * tokens, width] on the CPU.
+    """
+    rows = image_encoder.encode(frames)
+    video = given_video(to_unit(frames.to(vae.device)), count)
+    return vae.encode(video[None])[0], rows
+
+
+def rows_of_image(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    """Rows that the image encoder of a folder gives of an image, and their width; nothing is loaded.
+
+    Raises: ValueError when it or its image processor is missing, or it is of another kind.
+    """
+    _find(Path(folder), "image_processor", "preprocessor_config.json")
+    config = _config(_find(Path(folder), "image_encoder", "config.json"))
+    try:
+        return (config["image_size"] // config["patch_size"]) ** 2 + 1, config["hidden_size"]
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise ValueError(f"image encoder folder {folder}: config.json lacks image_size, patch_size or hidden_size") from None
+
+
 class ImageEncoder:
     """A frozen CLIP vision model and its image processor, from the folder of a Wan image-to-video pipeline.
 
@@ -48,9 +74,7 @@ class ImageEncoder:
         model_folder = _find(folder, "image_encoder", "config.json")
         processor_folder = _find(folder, "image_processor", "preprocessor_config.json")
         try:
-            kind = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if kind != "clip_vision_model":
-                raise ValueError(f"it holds {kind}, not clip_vision_model")
+            _config(model_folder)
             self._processor = CLIPImageProcessor.from_pretrained(processor_folder, local_files_only=True)
             model, report = CLIPVisionModel.from_pretrained(
                 model_folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -68,6 +92,13 @@ class ImageEncoder:
         pixels = self._processor(images=images, return_tensors="pt").pixel_values
         hidden = self._model(pixels.to(self._model.device, self._model.dtype), output_hidden_states=True).hidden_states[-2]
         return hidden.flatten(0, 1).float().cpu()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (kind := config.get("model_type")) != "clip_vision_model":
+        raise ValueError(f"image encoder folder {folder}: it holds {kind}, not clip_vision_model")
+    return config
 
 
 def _find(folder: Path, part: str, marker: str) -> Path:

@@ -17,7 +17,7 @@ from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE, find_vae
 from rcm_mcore.sampling.background import Background
 from rcm_mcore.sampling.folder import Output, SampleFolder
-from rcm_mcore.sampling.request import Draw, SampleRequest, check, draws_of
+from rcm_mcore.sampling.request import Draw, SampleRequest, check_request
 from rcm_mcore.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -25,13 +25,7 @@ log = logging.getLogger(__name__)
 
 def check_output(request: SampleRequest, output: Output, world_size: int) -> None:
     """ValueError naming what is wrong with a request or what it should be written as, before anything is loaded."""
-    model = check(request, world_size)
-    draws_of(request)
-    if model.condition != "text":
-        raise ValueError(
-            f"--checkpoint {request.checkpoint}: model.condition={model.condition}, but this program gives a network prompts "
-            "alone; rcm_mcore.sampling.Sampler takes given frames"
-        )
+    model = check_request(request, world_size)
     encoder = Path(request.text_encoder)
     for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
         if not any((path / marker).is_file() for path in (encoder / part, encoder)):
@@ -72,7 +66,7 @@ def generate(request: SampleRequest, output: Output) -> None:
             if background is not None:
                 for draw in undecoded[mesh.dp_rank :: mesh.dp_size]:
                     background.put(draw, None)
-            for batch, latents in sampler.run(unsampled, batch_size=request.batch_size):
+            for batch, latents in sampler.run(unsampled, batch_size=request.batch_size, given=request.given):
                 if background is not None:
                     for draw, row in zip(batch, latents):
                         background.put(draw, row)
