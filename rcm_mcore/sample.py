@@ -128,11 +128,11 @@ def _given(args: dict[str, Any], pipeline: str | None, output: dict[str, Any]) -
     from rcm_mcore.sampling import GivenFiles
 
     names = {"images": "image", "last_images": "last_image", "videos": "video"}
-    files = {field: tuple(args.pop(flag) or ()) for field, flag in names.items()}
+    files: dict[str, Any] = {field: tuple(args.pop(flag) or ()) for field, flag in names.items()}
     frames, encoder = args.pop("video_frames"), args.pop("image_encoder")
     if not any(files.values()):
         return None
-    encoders = dict(vae=output["vae"], image_encoder=encoder or pipeline, dtype=output["vae_dtype"])
+    encoders: dict[str, Any] = dict(vae=output["vae"], image_encoder=encoder or pipeline, dtype=output["vae_dtype"])
     return GivenFiles(**files, video_frames=frames, **encoders)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -50,12 +50,16 @@ def rows_of_image(folder: str | os.PathLike[str]) -> tuple[int, int]:
 
     Raises: ValueError when it or its image processor is missing, or it is of another kind.
     """
+    from transformers import CLIPVisionConfig
+
     _find(Path(folder), "image_processor", "preprocessor_config.json")
-    config = _config(_find(Path(folder), "image_encoder", "config.json"))
+    model_folder = _find(Path(folder), "image_encoder", "config.json")
     try:
-        return (config["image_size"] // config["patch_size"]) ** 2 + 1, config["hidden_size"]
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise ValueError(f"image encoder folder {folder}: config.json lacks image_size, patch_size or hidden_size") from None
+        _check_kind(model_folder)
+        config = CLIPVisionConfig.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"image encoder folder {model_folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size
 
 
 class ImageEncoder:
@@ -74,7 +78,7 @@ class ImageEncoder:
         model_folder = _find(folder, "image_encoder", "config.json")
         processor_folder = _find(folder, "image_processor", "preprocessor_config.json")
         try:
-            _config(model_folder)
+            _check_kind(model_folder)
             self._processor = CLIPImageProcessor.from_pretrained(processor_folder, local_files_only=True)
             model, report = CLIPVisionModel.from_pretrained(
                 model_folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -94,11 +98,10 @@ class ImageEncoder:
         return hidden.flatten(0, 1).float().cpu()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (kind := config.get("model_type")) != "clip_vision_model":
-        raise ValueError(f"image encoder folder {folder}: it holds {kind}, not clip_vision_model")
-    return config
+def _check_kind(folder: Path) -> None:
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "clip_vision_model":
+        raise ValueError(f"it holds {kind}, not clip_vision_model")
 
 
 def _find(folder: Path, part: str, marker: str) -> Path:

@@ -176,7 +176,7 @@ def _read_image(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # torch warns of a view, which is read-only
     # Bytes from a stranger can make the decoder raise nearly anything.
     except Exception as error:
         raise BadInput(f"cannot be decoded: {type(error).__name__}: {_one_line(error)}") from error

@@ -73,7 +73,8 @@ def check_given(given: GivenFiles | None, model: ModelConfig, shape: Sequence[in
     if there not in _TAKEN[condition]:
         takes = " or ".join(" and ".join(flags) for flags in _TAKEN[condition]) or f"none of {', '.join(_FLAGS)}"
         raise ValueError(
-            f"--checkpoint: its network has model.condition={condition} and takes {takes}; there is {', '.join(there) or 'none'}"
+            f"--checkpoint: its network has model.condition={condition} and takes {takes}; "
+            f"given: {' and '.join(there) or 'nothing'}"
         )
     if condition == "text":
         return
