@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcm_mcore.config import ModelConfig
 from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE, find_vae
+from rcm_mcore.interop.files import read_json
 from rcm_mcore.sampling.background import Background
 from rcm_mcore.sampling.folder import Output, SampleFolder
 from rcm_mcore.sampling.request import Draw, SampleRequest, check_request
@@ -26,10 +28,7 @@ log = logging.getLogger(__name__)
 def check_output(request: SampleRequest, output: Output, world_size: int) -> None:
     """ValueError naming what is wrong with a request or what it should be written as, before anything is loaded."""
     model = check_request(request, world_size)
-    encoder = Path(request.text_encoder)
-    for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
-        if not any((path / marker).is_file() for path in (encoder / part, encoder)):
-            raise ValueError(f"--text-encoder {encoder}: no {marker} in it or in {part}/")
+    _check_text_encoder(Path(request.text_encoder), model)
     if output.codec is not None and output.vae is not None:
         raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
     if not output.fps > 0:
@@ -40,6 +39,17 @@ def check_output(request: SampleRequest, output: Output, world_size: int) -> Non
         channels = find_vae(path)[1].get("z_dim", 16) if flag == "vae" else DigitCodec.load(path).channels
         if channels != model.in_channels:
             raise ValueError(f"--{flag} {path}: its latents have {channels} channels, the network's {model.in_channels}")
+
+
+def _check_text_encoder(folder: Path, model: ModelConfig) -> None:
+    for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
+        if not any((path / marker).is_file() for path in (folder / part, folder)):
+            raise ValueError(f"--text-encoder {folder}: no {marker} in it or in {part}/")
+    config = folder / "text_encoder" / "config.json"
+    width = read_json(config if config.is_file() else folder / "config.json").get("d_model")
+    if width not in (None, model.text_dim):  # none: it is of another kind, which loading says
+        takes = f"the network takes model.text_dim={model.text_dim}"
+        raise ValueError(f"--text-encoder {folder}: its rows have {width} numbers, {takes}")
 
 
 def generate(request: SampleRequest, output: Output) -> None:

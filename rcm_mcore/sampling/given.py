@@ -98,9 +98,9 @@ def _check_frames(given: GivenFiles, condition: str, frames: int) -> None:
         except ValueError as error:
             raise ValueError(f"--video-{str(error).replace('=', ' ', 1)}") from None
     if frames <= count:
+        all_, known = FRAMES * (frames - 1) + 1, FRAMES * (count - 1) + 1
         raise ValueError(
-            f"--frames {FRAMES * (frames - 1) + 1}: with model.condition={condition} and {FRAMES * (count - 1) + 1} given at the "
-            f"beginning there must be more, {FRAMES * count + 1} at least"
+            f"--frames {all_}: with model.condition={condition} and {known} given there must be more, at least {known + FRAMES}"
         )
 
 

@@ -105,12 +105,11 @@ class Sampler:
             dtype = min(getattr(torch, self.model.dtype), torch.float32, key=lambda d: d.itemsize)
             self._encoder = TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
         different = list(dict.fromkeys(prompts))
+        most = min(self.model.text_len, MAX_TOKENS)  # the encoder would cut the others
         for prompt, tokens in zip(different, self._encoder.token_counts(different)):
-            if tokens > self.model.text_len:
-                most = f"the network reads at most model.text_len={self.model.text_len}"
-                raise ValueError(f"prompt {prompt[:60]!r} has {tokens} tokens: {most}")
-            if tokens > MAX_TOKENS:  # the encoder would cut it
-                raise ValueError(f"prompt {prompt[:60]!r} has {tokens} tokens: its encoder reads at most {MAX_TOKENS}")
+            if tokens > most:
+                reach = f"at most {most} reach the network (model.text_len={self.model.text_len})"
+                raise ValueError(f"prompt {prompt[:60]!r} has {tokens} tokens: {reach}")
         rows = dict(zip(different, self._encoder.encode(different)))
         return [rows[prompt] for prompt in prompts]
 
@@ -118,7 +117,8 @@ class Sampler:
         """What the network is told of the files of samples (`GivenFiles.of_prompt`): of each different entry the condition of
         one sample, without text, on the CPU.
 
-        The encoders are loaded, on this rank's device, and forgotten. Raises ValueError for folders and files that cannot be used.
+        The encoders are loaded, on this rank's device, and forgotten. Raises ValueError for folders and files that cannot be
+        used.
         """
         encoder = GivenEncoder(given, self.model, device=self.mesh.device)
         told = {entry: encoder.encode(entry, self.config.latent_shape) for entry in dict.fromkeys(files)}
