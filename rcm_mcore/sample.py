@@ -131,6 +131,8 @@ def _given(args: dict[str, Any], pipeline: str | None, output: dict[str, Any]) -
     files: dict[str, Any] = {field: tuple(args.pop(flag) or ()) for field, flag in names.items()}
     frames, encoder = args.pop("video_frames"), args.pop("image_encoder")
     if not any(files.values()):
+        if encoder is not None:
+            raise ValueError(f"--image-encoder {encoder}: it is for --image, which is not there")
         return None
     encoders: dict[str, Any] = dict(vae=output["vae"], image_encoder=encoder or pipeline, dtype=output["vae_dtype"])
     return GivenFiles(**files, video_frames=frames, **encoders)

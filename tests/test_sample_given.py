@@ -331,6 +331,7 @@ I2V, V2W = RUNS["i2v_few"], RUNS["v2w_few"]
             [*I2V, "--image-encoder", "t5"],
             "image encoder folder .*t5: no preprocessor_config.json in it or in image_processor/",
         ),
+        (["t2i", "--prompt", "a", "--image-encoder", "t5"], "--image-encoder .*t5: it is for --image, which is not there"),
         ([*I2V, "--vae", "t5"], "VAE folder .*t5: no config.json in it"),
     ],
 )
