@@ -610,7 +610,7 @@ SAMPLE = (
     + _mutations(
         "rcm_mcore/data/media_input.py",
         "tests/test_sample_given.py",
-        ("deque(maxlen=frames)", "deque()", "test_a_student_is_the_video_pipeline"),
+        ("size) for frame in last]", "size) for frame in reversed(last)]", "test_a_student_is_the_video_pipeline"),
     )
     + _mutations(
         "rcm_mcore/sampling/folder.py",
