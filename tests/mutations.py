@@ -579,6 +579,47 @@ SAMPLE = (
         ("seed=s, step=0, slots=[i])", "seed=0, step=0, slots=[i])", "test_samples_of_several_seeds"),
     )
     + _mutations(
+        "rcm_mcore/sampling/sampler.py",
+        "tests/test_sample_given.py",
+        ("told[draw.given] for draw in batch", "told[mine[0].given] for draw in batch", "test_a_teacher_is_the_image_pipeline"),
+        (
+            "self._encoder.token_counts(different)",
+            "map(len, self._encoder.encode(different))",
+            "test_a_prompt_that_the_encoder_would_cut_is_refused",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/given.py",
+        "tests/test_sample_given.py",
+        ("files[number % len(files)]", "files[0]", "test_files_of_prompts"),
+        ("frames=torch.tensor([first.shape[2]])", "frames=torch.tensor([1])", "test_a_student_is_the_video_pipeline"),
+        ("latents[:, :, : first.shape[2]] = first", "pass", "test_a_student_is_the_video_pipeline"),
+        (
+            "(rows, width) != (model.image_len",
+            "False and (rows, width) != (model.image_len",
+            "test_an_image_encoder_of_another_size_is_refused",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/image.py",
+        "tests/test_sample_given.py",
+        (
+            "rows = image_encoder.encode(frames)",
+            "rows = image_encoder.encode(frames.flip(0))",
+            "test_first_and_last_frame_are_the_image_pipelines",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/media_input.py",
+        "tests/test_sample_given.py",
+        ("size) for frame in last]", "size) for frame in reversed(last)]", "test_a_student_is_the_video_pipeline"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/folder.py",
+        "tests/test_sample_given.py",
+        ("{path: _sha256(Path(path)) for path", '{path: "" for path', "test_a_picture_that_has_changed_is_refused"),
+    )
+    + _mutations(
         "rcm_mcore/sampling/folder.py",
         "tests/test_sample.py",
         ("if sections[name].get(field) != value:", "if False:", "test_another_request_is_refused"),

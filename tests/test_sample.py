@@ -173,9 +173,8 @@ def test_digits_and_latents_without_a_vae(runs):
 def test_a_prompt_that_is_too_long_is_named(runs):
     _, results = runs
     assert results["long"]["code"] == 2 and results["long"]["calls"] == []
-    assert re.search(
-        r"prompt 'red red .* has \d+ tokens: the network reads at most model.text_len=24", results["long"]["error"]
-    )
+    message = r"prompt 'red red .* has \d+ tokens: at most 24 reach the network \(model.text_len=24\)"
+    assert re.search(message, results["long"]["error"])
 
 
 def test_two_ranks_write_the_same(runs):
@@ -211,9 +210,9 @@ def refused(parts, monkeypatch, capsys):
         if "VAE4" in more:
             tiny_vae(out.parent, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
             more = ["--vae", str(out.parent)]
-        if "IMAGE" in more:
-            write_network(out.parent / "image", {"a": torch.zeros(2)}, VIDEO_MODEL | {"condition": "image"})
-            more = ["--checkpoint", str(out.parent / "image")]
+        if "WIDE" in more:
+            write_network(out.parent / "wide", {"a": torch.zeros(2)}, VIDEO_MODEL | {"text_dim": 24})
+            more = ["--checkpoint", str(out.parent / "wide")]
         argv = ["--checkpoint", str(parts / "checkpoint"), "--which", "student", "--pipeline", str(parts / "pipeline")]
         prompt = [] if "--prompt" in more else ["--prompt", "a red fox"]
         assert sample.main([*argv, *prompt, "--size", "32x32", "--out", str(out), *more]) == 2
@@ -250,7 +249,7 @@ def refused(parts, monkeypatch, capsys):
         (["--sampler", "euler", "--guidance", "nan"], "--guidance nan: must be a number"),
         (["--vae", "VAE4"], "--vae .*: its latents have 4 channels, the network's 16"),
         (["--text-encoder", "nowhere"], "--text-encoder nowhere: no tokenizer_config.json in it or in tokenizer/"),
-        (["--checkpoint", "IMAGE"], "model.condition=image, but this program gives a network prompts alone"),
+        (["--checkpoint", "WIDE"], "--text-encoder .*: its rows have 16 numbers, the network takes model.text_dim=24"),
         (["--codec", "x"], "--codec is for the digits task and --vae for videos"),
         (["--vae", "nowhere"], "VAE folder nowhere: no config.json in it or in vae/"),
         (["--tp", "2"], "mesh.tp=2 does not divide the 1 ranks"),
