@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rcm_mcore.config import ModelConfig
     from rcm_mcore.sampling import GivenFiles, Output, SampleRequest
 
 _EXAMPLE = (
@@ -53,7 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     how("--sampler", choices=("few_step", "euler", "unipc"), default="few_step", help="few_step: a student; others: a teacher")
     how("--steps", type=int, default=4)
     how("--sigma-max", type=float, default=80.0, help="where few_step starts")
-    how("--mid-times", type=float, nargs="*", default=[1.5, 1.4, 1.0], help="TrigFlow times of later few-step steps")
+    how(
+        "--mid-times",
+        type=float,
+        nargs="*",
+        help="TrigFlow times of later few-step steps; default 1.5 1.4 1.0, of Cosmos 1.3 1.0 0.6",
+    )
     how("--shift", type=float, default=5.0, help="timestep shift of euler and unipc")
     how(
         "--guidance",
@@ -109,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _request(args: dict[str, Any]) -> tuple[SampleRequest, Output]:
     """What the command line asks for."""
+    from rcm_mcore.checkpoint import model_of
+    from rcm_mcore.config import MID_TIMES, parse_model
     from rcm_mcore.sampling import Output, SampleRequest
 
     pipeline = args.pop("pipeline")
@@ -120,8 +128,10 @@ def _request(args: dict[str, Any]) -> tuple[SampleRequest, Output]:
     args["given"] = _given(args, pipeline, output)
     args["prompts"] = _prompts(args.pop("prompt"), args["prompts"])
     size, frames = args.pop("size"), args.pop("frames")
-    args["latent_shape"] = _latent_shape(args["checkpoint"], size, frames, args["latent_shape"])
-    args |= {name: tuple(args[name] or ()) for name in ("mid_times", "seeds")}
+    model = parse_model(model_of(args["checkpoint"]))
+    args["latent_shape"] = _latent_shape(model, size, frames, args["latent_shape"])
+    args["mid_times"] = MID_TIMES[model.family] if args["mid_times"] is None else tuple(args["mid_times"])
+    args["seeds"] = tuple(args["seeds"] or ())
     return SampleRequest(**args), Output(**output)
 
 
@@ -153,7 +163,7 @@ def _prompts(given: list[str] | None, file: str | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _latent_shape(checkpoint: str, size: str | None, frames: int | None, shape: list[int] | None) -> tuple[int, ...]:
+def _latent_shape(model: ModelConfig, size: str | None, frames: int | None, shape: list[int] | None) -> tuple[int, ...]:
     """[C, F, H, W] from pixels and frames, or as given."""
     if shape is not None:
         if size is not None or frames is not None:
@@ -161,14 +171,11 @@ def _latent_shape(checkpoint: str, size: str | None, frames: int | None, shape: 
         return tuple(shape)
     if size is None:
         raise ValueError("--size: give it (HxW in pixels, with --frames), or --latent-shape")
-    from rcm_mcore.checkpoint import model_of
-    from rcm_mcore.config import parse_model
     from rcm_mcore.data.vae import PIXELS, latent_shape
 
     found = re.fullmatch(r"(\d+)x(\d+)", size)
     if not found:
         raise ValueError(f"--size {size}: must be HxW in pixels, such as 480x832")
-    model = parse_model(model_of(checkpoint))
     height, width = int(found[1]), int(found[2])
     for pixels, patch in ((height, model.patch_size[1]), (width, model.patch_size[2])):
         if pixels < 1 or pixels % (PIXELS * patch):

@@ -26,7 +26,7 @@ RUNS = {
     "v2w": ["frames", *FOX, *VIDEO, *TEACHER, "--tp", "2", "--sp"],
     "v2w_few": ["frames", *FOX, *VIDEO, "--steps", "1"],
     "v2w_image": ["frames", *FOX, "--image", "a.png", "--steps", "1", *T5, "--pp", "2"],
-    "t2i": ["t2i", *FOX, "--frames", "1", "--mid-times", "1.3", "1.0", "0.6", *T5],
+    "t2i": ["t2i", *FOX, "--frames", "1", *T5],
 }
 
 

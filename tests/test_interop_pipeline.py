@@ -31,9 +31,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from rcm_mcore.config import MID_TIMES
 from rcm_mcore.data.text import build_text_encoder, train_tokenizer
 from rcm_mcore.diffusion import samplers
-from rcm_mcore.diffusion.samplers import MID_TIMES, few_step_times, sample_few_step
+from rcm_mcore.diffusion.samplers import few_step_times, sample_few_step
 from rcm_mcore.interop import PipelineOptions, WriteOptions, convert
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 5
@@ -306,7 +307,7 @@ def test_cosmos_pipeline_equals_our_sampler(cosmos, padding):
         noises = noises_of(6, 1.0, steps, IMAGE)
         torch.manual_seed(6)
         got = run_cosmos(pipe, noises.first, steps, 1.0)
-        want = sample_few_step(cosmos_velocity(pipe), noises.all, few_step_times(steps, mid_times=MID_TIMES["paper"]))
+        want = sample_few_step(cosmos_velocity(pipe), noises.all, few_step_times(steps, mid_times=MID_TIMES["cosmos"]))
         assert float(want.std()) > 0.5
         assert float((got - want).abs().max()) <= 1e-4
 
@@ -345,7 +346,7 @@ def test_cosmos_video_pipeline_equals_our_sampler(parts, padding, tmp_path):
         )[0]  # fmt: skip
         return is_given * (x - clean) / s + (1 - is_given) * v
 
-    want = sample_few_step(velocity, noises.all, few_step_times(4, mid_times=MID_TIMES["paper"]))
+    want = sample_few_step(velocity, noises.all, few_step_times(4, mid_times=MID_TIMES["cosmos"]))
     assert is_given.flatten().tolist() == [1.0, 0.0] and torch.equal(want[:, :, 0].float(), clean[:, :, 0])
     assert float((got - want).abs().max()) <= 1e-4 < float((want[:, :, 1] - clean[:, :, 1]).abs().mean())
 

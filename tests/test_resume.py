@@ -177,7 +177,7 @@ def test_a_checkpoint_survives_another_mesh_bit_for_bit(runs):
         target = runs / f"exported_{len(exported)}"
         assert convert.main(["--from", "mcore", "--to", "diffusers", "--which", "ema", str(source), str(target)]) == 0
         exported.append({path.name: path.read_bytes() for path in sorted(target.iterdir())})
-    assert exported[0] == exported[1] and len(exported[0]) == 2
+    assert exported[0] == exported[1] and len(exported[0]) == 3
 
 
 def test_every_rank_learns_that_one_rank_could_not_write(runs):

@@ -20,9 +20,10 @@ from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
-from rcm_mcore.sampling import SampleRequest, draws_of
+from rcm_mcore.sampling import Draw, Output, SampleRequest, draws_of
 from rcm_mcore.sampling.background import Background
-from rcm_mcore.sampling.folder import Output, SampleFolder, _digest
+from rcm_mcore.sampling.folder import SampleFolder, _digest
+from rcm_mcore.sampling.generate import Finisher
 
 NAMES = ["000_a-red-fox.mp4", "001_a-blue-whale-at-night.mp4", "002_a-green-bird.mp4"]
 
@@ -268,6 +269,13 @@ def test_a_folder_of_something_else_is_refused(refused, tmp_path):
     for content in ("{}", "[]", '{"request": 1, "output": {}, "checkpoint": {}}'):
         (tmp_path / "samples.json").write_text(content)
         assert "is not of this program" in refused(tmp_path)
+
+
+def test_latents_that_are_not_finite_are_not_written(tmp_path):
+    finisher = Finisher(None, Output(folder=str(tmp_path)), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"sample 3 \('a fox', seed 5\): the network gave numbers that are not finite"):
+        finisher(Draw(3, "a fox", 5, 0), torch.tensor([1.0, float("inf")]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_background_is_bounded_and_raises():

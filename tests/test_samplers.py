@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from rcm_mcore.diffusion.samplers import MID_TIMES, few_step_times, sample_few_step, sample_ode, shifted_sigmas
+from rcm_mcore.config import MID_TIMES
+from rcm_mcore.diffusion.samplers import few_step_times, sample_few_step, sample_ode, shifted_sigmas
 
 SHAPE = (3, 2, 2, 4, 4)
 MU, C = 0.7, 0.4
@@ -43,7 +44,7 @@ def worst(a, b):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_few_step_times(steps):
     assert few_step_times(steps) == [math.atan(80), *[1.5, 1.4, 1.0][: steps - 1], 0.0]
-    paper = few_step_times(steps, sigma_max=1600, mid_times=MID_TIMES["paper"])
+    paper = few_step_times(steps, sigma_max=1600, mid_times=MID_TIMES["cosmos"])
     assert paper == [math.atan(1600), *[1.3, 1.0, 0.6][: steps - 1], 0.0]
 
 
@@ -110,7 +111,7 @@ def test_few_step_takes_one_noise_per_step():
         sample_few_step(nonlinear, noises(3), few_step_times(4))
 
 
-@pytest.mark.parametrize("mid", ["wan", "paper"])
+@pytest.mark.parametrize("mid", ["wan", "cosmos"])
 def test_few_step_equals_the_stock_stochastic_scheduler(mid):
     """architectures.md E.2; the scheduler computes in float32 and draws its noise from the global generator."""
     times = few_step_times(4, mid_times=MID_TIMES[mid])
@@ -198,7 +199,7 @@ def test_many_steps_give_the_distribution_of_the_data(solver, steps):
 def test_few_steps_give_the_mean_and_spread_that_the_recursion_predicts():
     """Posterior means shrink the spread of x0: V' = a^2 (cos^2 V + sin^2) with a = cos c^2 / (cos^2 c^2 + sin^2)."""
     generator = torch.Generator().manual_seed(0)
-    times = few_step_times(4, mid_times=MID_TIMES["paper"])
+    times = few_step_times(4, mid_times=MID_TIMES["cosmos"])
     draws = (torch.randn(4, 4, 4, 16, 16, generator=generator) for _ in times)
     x = sample_few_step(gaussian_velocity, draws, times)
     variance = mean = 0.0  # of x0 - mu; the first state, sin(t_0) z, lacks cos(t_0) mu

@@ -9,7 +9,7 @@ from rcm_mcore.config.mesh import (
     tokens_per_sample,
     validate_mesh,
 )
-from rcm_mcore.config.model import SIZES, ModelConfig
+from rcm_mcore.config.model import MID_TIMES, SIZES, ModelConfig
 from rcm_mcore.config.parse import ConfigError, load_config, parse_config, parse_model, to_yaml
 from rcm_mcore.config.schema import (
     CheckpointConfig,
@@ -24,6 +24,7 @@ from rcm_mcore.config.schema import (
 )
 
 __all__ = [
+    "MID_TIMES",
     "SIZES",
     "CheckpointConfig",
     "Config",

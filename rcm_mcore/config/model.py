@@ -23,6 +23,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 _FAMILY_FIELDS: dict[str, dict[str, Any]] = {"cosmos": dict(text_dim=1024)}
+# Of the students of each family: TrigFlow times between the first step's and 0 (method.md 6; the paper takes Cosmos' for both).
+MID_TIMES: dict[str, tuple[float, ...]] = {"wan": (1.5, 1.4, 1.0), "cosmos": (1.3, 1.0, 0.6)}
 _CONDITIONS = {"wan": ("text", "image", "first_last"), "cosmos": ("text", "frames")}
 _MASK_CHANNELS = 4  # of a given frame in Wan's image-to-video: frames of video to a frame of latents
 

@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rcm_mcore.config import MID_TIMES
 from rcm_mcore.diffusion.trigflow import diffuse, rf_time
 
 TensorVelocity = Callable[[Tensor, Tensor], Tensor]
-
-MID_TIMES = {"wan": (1.5, 1.4, 1.0), "paper": (1.3, 1.0, 0.6)}  # TrigFlow times between the first and 0 (method.md 6)
 
 
 def few_step_times(steps: int, *, sigma_max: float = 80.0, mid_times: Sequence[float] = MID_TIMES["wan"]) -> list[float]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rcm_mcore.config import ModelConfig
+from rcm_mcore.config import MID_TIMES, ModelConfig
 from rcm_mcore.interop.files import SAFETENSORS_SUFFIX, read_json, write_json
 from rcm_mcore.interop.model_card import model_card
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 _REPLACED = ("transformer", "scheduler")
 _SCHEDULER_FILE = Path(__file__).parent / "shipped" / "rcm_scheduler.py"
 _SIGMA_MAX = 80.0
-# (family, condition) -> the pipeline's class; by family: scheduler, mid times (TrigFlow) of the released students
+# (family, condition) -> the pipeline's class; by family: scheduler
 _PIPELINES = {
     ("wan", "text"): "WanPipeline",
     ("wan", "image"): "WanImageToVideoPipeline",
@@ -30,7 +30,6 @@ _PIPELINES = {
 }
 _SCHEDULERS = {"wan": "RCMFlowScheduler", "cosmos": "RCMEDMScheduler"}
 _STOCK_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-_MID_TIMES = {"wan": (1.5, 1.4, 1.0), "cosmos": (1.3, 1.0, 0.6)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ def check_base(options: PipelineOptions, model: ModelConfig) -> None:
 
 def step_times(options: PipelineOptions, family: str) -> list[float]:
     """TrigFlow times of the steps. Raises: ValueError for a number of steps that the mid times do not give."""
-    mid = _MID_TIMES[family] if options.mid_times is None else tuple(options.mid_times)
+    mid = MID_TIMES[family] if options.mid_times is None else tuple(options.mid_times)
     if not 1 <= options.steps <= len(mid) + 1:
         raise ValueError(f"--steps {options.steps}: must be from 1 to {len(mid) + 1}, one more than the mid times {list(mid)}")
     return [math.atan(options.sigma_max), *mid[: options.steps - 1]]

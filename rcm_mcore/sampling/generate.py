@@ -105,6 +105,10 @@ class Finisher:
         """`latents` [C, F, H, W] on the CPU; none where they were kept before."""
         if latents is None:
             latents = self._folder.load_part(draw)
+        elif not latents.isfinite().all():
+            raise ValueError(
+                f"sample {draw.number} ({draw.prompt!r}, seed {draw.seed}): the network gave numbers that are not finite"
+            )
         else:
             self._folder.save_part(draw, latents)
         if self._vae is not None:
