@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from rcm_mcore.checkpoint import CheckpointFolder
 from rcm_mcore.config import Config, load_config
 from rcm_mcore.train import build_parser
 from rcm_mcore.training.signals import EXIT_STOPPED
@@ -54,7 +53,8 @@ def decide(config: Config, exit_code: int, *, job: str | None) -> tuple[Verdict,
     root = Path(config.checkpoint.dir)
     if not root.is_dir():
         return "not started again", f"the run had not begun (exit code {exit_code}, there is no {root}); the reason is above"
-    saved = max(CheckpointFolder(root).steps(), default=0)
+    latest = root / "latest"  # read here and not by checkpoint.folder, which would import torch while the time limit comes near
+    saved = int(latest.read_text().removeprefix("step_")) if latest.exists() else 0
     if saved >= config.train.steps:
         return "finished", f"{saved} steps"
     attempt = {"time": time.time(), "job": job, "exit_code": exit_code, "step": _last_step(root / "log.jsonl"), "saved": saved}
