@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         return args.exit_code
     try:
         config = load_config(args.config, args.overrides)
-    except ValueError as error:
+        verdict, why = decide(config, args.exit_code, job=os.environ.get("SLURM_JOB_ID"))
+    except (ValueError, OSError) as error:  # a folder that can no longer be written, say
         print(f"not started again: {error}")
         return failure
-    verdict, why = decide(config, args.exit_code, job=os.environ.get("SLURM_JOB_ID"))
     print(f"{verdict}: {why}")
     return {"finished": args.exit_code, "start again": EXIT_STOPPED, "not started again": failure}[verdict]
 
