@@ -33,6 +33,10 @@ class Condition(NamedTuple):
         """The same with another text."""
         return self._replace(text=text)
 
+    def generated_share(self, frames: int) -> Tensor | float:
+        """Of the `frames` latent frames of each sample, the share [B] that is not given."""
+        return 1.0 if self.frames is None else 1 - self.frames.double() / frames
+
     @staticmethod
     def cat(conditions: list[Condition]) -> Condition:
         """One batch of several."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcm_mcore.sampling import Output, SampleRequest
+    from rcm_mcore.sampling import GivenFiles, Output, SampleRequest
 
 _EXAMPLE = (
     "example: torchrun --nproc-per-node 2 -m rcm_mcore.sample --checkpoint runs/wan_1_3b --prompts prompts.txt --steps 4 "
@@ -40,20 +40,37 @@ def build_parser() -> argparse.ArgumentParser:
     what("--size", metavar="HxW", help="of the video in pixels, such as 480x832")
     what("--frames", type=int, help="of the video, 4n + 1 (default 81); 1 is an image")
     what("--latent-shape", type=int, nargs=4, metavar=("C", "F", "H", "W"), help="instead of --size and --frames")
+    given = parser.add_argument_group(
+        "given frames", "for networks with model.condition; a flag once for all prompts, or once for each, in their order"
+    ).add_argument
+    given(
+        "--image", action="append", metavar="FILE", help="first frame (image, first_last, frames); resized to cover, then cut"
+    )
+    given("--last-image", action="append", metavar="FILE", help="last frame (first_last)")
+    given("--video", action="append", metavar="FILE", help="a video to go on with (frames), in place of --image")
+    given("--video-frames", type=int, default=5, help="the last so many frames of --video are given, 4n + 1 (default 5)")
     how = parser.add_argument_group("how").add_argument
     how("--sampler", choices=("few_step", "euler", "unipc"), default="few_step", help="few_step: a student; others: a teacher")
     how("--steps", type=int, default=4)
     how("--sigma-max", type=float, default=80.0, help="where few_step starts")
     how("--mid-times", type=float, nargs="*", default=[1.5, 1.4, 1.0], help="TrigFlow times of later few-step steps")
     how("--shift", type=float, default=5.0, help="timestep shift of euler and unipc")
-    how("--guidance", type=float, default=1.0, help="classifier-free guidance of a teacher")
+    how(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="classifier-free guidance of a teacher, 1 for none; Cosmos's own scale plus 1",
+    )
     how("--negative-prompt", metavar="TEXT", help="text of the unconditional branch; default zeros")
     how("--negative-embedding", metavar="FILE", help="the same, encoded")
     how("--batch-size", type=int, default=1)
     how("--dtype", choices=("bfloat16", "float32", "float64"), help="of the network; default as in the checkpoint")
     parts = parser.add_argument_group("other networks").add_argument
     parts("--pipeline", metavar="FOLDER", help="diffusers folder with vae, text_encoder and tokenizer")
-    parts("--text-encoder", metavar="FOLDER", help="UMT5 encoder and tokenizer, if not those of --pipeline")
+    parts(
+        "--text-encoder", metavar="FOLDER", help="UMT5 (Wan) or T5 (Cosmos) encoder and tokenizer, if not those of --pipeline"
+    )
+    parts("--image-encoder", metavar="FOLDER", help="CLIP vision model and image processor, if not those of --pipeline")
     parts("--vae", metavar="FOLDER", help="AutoencoderKLWan, if not that of --pipeline; without either, latents are written")
     parts("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
     parts("--tiled", action="store_true", help="decode in tiles: less memory, seams are blended")
@@ -99,12 +116,28 @@ def _request(args: dict[str, Any]) -> tuple[SampleRequest, Output]:
     output |= {"folder": args.pop("out"), "vae": output["vae"] or pipeline}
     args["text_encoder"] = args["text_encoder"] or pipeline
     if args["text_encoder"] is None:
-        raise ValueError("--text-encoder: give a folder with a UMT5 encoder and its tokenizer, or --pipeline")
+        raise ValueError("--text-encoder: give a folder with a UMT5 or T5 encoder and its tokenizer, or --pipeline")
+    args["given"] = _given(args, pipeline, output)
     args["prompts"] = _prompts(args.pop("prompt"), args["prompts"])
     size, frames = args.pop("size"), args.pop("frames")
     args["latent_shape"] = _latent_shape(args["checkpoint"], size, frames, args["latent_shape"])
     args |= {name: tuple(args[name] or ()) for name in ("mid_times", "seeds")}
     return SampleRequest(**args), Output(**output)
+
+
+def _given(args: dict[str, Any], pipeline: str | None, output: dict[str, Any]) -> GivenFiles | None:
+    """What the flags for given frames say; takes them out of `args`."""
+    from rcm_mcore.sampling import GivenFiles
+
+    names = {"images": "image", "last_images": "last_image", "videos": "video"}
+    files: dict[str, Any] = {field: tuple(args.pop(flag) or ()) for field, flag in names.items()}
+    frames, encoder = args.pop("video_frames"), args.pop("image_encoder")
+    if not any(files.values()):
+        if encoder is not None:
+            raise ValueError(f"--image-encoder {encoder}: it is for --image, which is not there")
+        return None
+    encoders: dict[str, Any] = dict(vae=output["vae"], image_encoder=encoder or pipeline, dtype=output["vae_dtype"])
+    return GivenFiles(**files, video_frames=frames, **encoders)
 
 
 def _prompts(given: list[str] | None, file: str | None) -> tuple[str, ...]:

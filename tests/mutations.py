@@ -81,7 +81,7 @@ SAMPLERS = _mutations(
     ("velocity(x / scale, s).double()", "velocity(x, s).double()", "test_few_step_of_gaussian_data"),
     ("steps - 1 > len(mid_times)", "steps > len(mid_times)", "test_few_step_times"),
     ("*mid_times[: steps - 1]", "*mid_times[1 - steps :]", "test_few_step_times"),
-    ("a < b for a, b", "a <= b for a, b", "test_repeated_mid_times_are_allowed"),
+    ("a >= b for a, b", "a > b for a, b", "test_repeated_mid_times_are_allowed"),
     ("1 + (shift - 1) * u)", "1 + shift * u)", "test_shifted_sigmas"),
     ("(s_next - s) * velocity(x, x.new_full((len(x),), s))", "(s_next - s) * velocity(x, x.new_full((len(x),), s_next))",
      "test_euler_equals_the_stock_scheduler"),
@@ -208,7 +208,9 @@ STEPS = _mutations(
      "test_critic_step"),
     ("roles.negative, condition.text))", "condition.text, condition.text))", "test_pretrain_step"),
     ("(eps - latents)[rows]", "(latents - eps)[rows]", "test_pretrain_step"),
-    ("/ eps[0].numel()", "/ eps.numel()", "test_pretrain_step"),
+    ("/ (eps[0].numel() * share)", "/ (eps.numel() * share)", "test_pretrain_step"),
+    ("/ (eps[0].numel() * share)", "/ eps[0].numel()", "test_means_are_over_frames_that_are_not_given"),
+    ("teacher, share=share)", "teacher)", "test_means_are_over_frames_that_are_not_given"),
 ) + _mutations(
     "rcm_mcore/distill/roles.py",
     "tests/test_steps.py",
@@ -575,6 +577,47 @@ SAMPLE = (
         "tests/test_sample.py",
         ("seed=s, step=0, slots=[i])", "seed=s, step=0, slots=[0])", "test_samples_of_several_seeds"),
         ("seed=s, step=0, slots=[i])", "seed=0, step=0, slots=[i])", "test_samples_of_several_seeds"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/sampler.py",
+        "tests/test_sample_given.py",
+        ("told[draw.given] for draw in batch", "told[mine[0].given] for draw in batch", "test_a_teacher_is_the_image_pipeline"),
+        (
+            "self._encoder.token_counts(different)",
+            "map(len, self._encoder.encode(different))",
+            "test_a_prompt_that_the_encoder_would_cut_is_refused",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/given.py",
+        "tests/test_sample_given.py",
+        ("files[number % len(files)]", "files[0]", "test_files_of_prompts"),
+        ("frames=torch.tensor([first.shape[2]])", "frames=torch.tensor([1])", "test_a_student_is_the_video_pipeline"),
+        ("latents[:, :, : first.shape[2]] = first", "pass", "test_a_student_is_the_video_pipeline"),
+        (
+            "(rows, width) != (model.image_len",
+            "False and (rows, width) != (model.image_len",
+            "test_an_image_encoder_of_another_size_is_refused",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/image.py",
+        "tests/test_sample_given.py",
+        (
+            "rows = image_encoder.encode(frames)",
+            "rows = image_encoder.encode(frames.flip(0))",
+            "test_first_and_last_frame_are_the_image_pipelines",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/media_input.py",
+        "tests/test_sample_given.py",
+        ("size) for frame in last]", "size) for frame in reversed(last)]", "test_a_student_is_the_video_pipeline"),
+    )
+    + _mutations(
+        "rcm_mcore/sampling/folder.py",
+        "tests/test_sample_given.py",
+        ("{path: _sha256(Path(path)) for path", '{path: "" for path', "test_a_picture_that_has_changed_is_refused"),
     )
     + _mutations(
         "rcm_mcore/sampling/folder.py",

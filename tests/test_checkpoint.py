@@ -365,3 +365,23 @@ def test_conversion_refuses_without_a_traceback(trained, tmp_path, capsys, mesh)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "taken" in lines[0] and "nowhere" in lines[1]
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "file"]
+
+
+def test_a_changed_bit_is_not_read(tmp_path, mesh):
+    """Of a run's checkpoint, whose manifest tells; nothing else would."""
+    fill = lambda path: (write_network(path / "in", {"a": torch.ones(1000)}, MODEL), lift(path / "in"))
+    path = CheckpointFolder(tmp_path / "run").save(5, fill, keep_last=1)
+    assert read_network(path)[0]["a"].eq(1).all()
+    data = path / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[content.find(torch.ones(100).numpy().tobytes()) + 2] ^= 64
+    data.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step_000000005 is damaged: __0_0\.distcp has changed"):
+        read_network(path)
+
+
+def lift(folder):
+    """The files of a folder into the one that holds it."""
+    for file in folder.iterdir():
+        file.rename(folder.parent / file.name)
+    folder.rmdir()

@@ -123,6 +123,7 @@ def test_overrides(tmp_path):
         ("model.num_layer", 3, "unknown key model.num_layer: did you mean model.num_layers?"),
         ("optim.learning", 3, "unknown key optim.learning: known: lr, "),
         ("model.size", "13B", "model.size=13B: model.family=wan has the sizes tiny, 1.3B, 14B"),
+        ("distill.rollout_times", [1.5, 0.0, 1.0], "distill.rollout_times=[1.5, 0.0, 1.0]: TrigFlow times lie above 0"),
         ("model.num_layers", "three", "model.num_layers='three': must be a whole number, not a string"),
         ("model.num_layers", True, "model.num_layers=True: must be a whole number, not true/false"),
         ("model.num_layers", 0, "model.num_layers=0: must be at least 1"),

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -225,6 +226,12 @@ def test_manifests(sources, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path}: damaged"):
             convert(form, "rcm", source, tmp_path / "r.pt", read=HEADS)
+    renamed = weights.rename(tmp_path / "v.safetensors")
+    shutil.copy(tmp_path / "w.safetensors.sha256", tmp_path / "v.safetensors.sha256")
+    with pytest.raises(ValueError, match=f"{renamed}: damaged"):
+        convert("wan", "rcm", renamed, tmp_path / "r.pt", read=HEADS)
+    renamed.rename(weights)
+    (tmp_path / "v.safetensors.sha256").unlink()
     (tmp_path / "d" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
         convert("diffusers", "rcm", tmp_path / "d", tmp_path / "r.pt")

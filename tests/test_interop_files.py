@@ -5,6 +5,7 @@ import json
 import os
 import weakref
 import zipfile
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,7 @@ from networks import MODELS, random_transformer, same
 from rcm_mcore import interop
 from rcm_mcore.checkpoint import open_network, write_network
 from rcm_mcore.interop import LazyTensor, ReadOptions, WriteOptions, convert, files
+from rcm_mcore.interop.dcp import open_folder, read_index
 
 HEADS = ReadOptions(head_dim=32)
 
@@ -296,3 +298,34 @@ def test_a_failed_write_leaves_nothing(target, failure, sources, tmp_path, monke
     with pytest.raises(type(failure), match="planted"):
         convert("wan", form, sources["wan"], tmp_path / out, read=HEADS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compression, order, message", [
+    (zipfile.ZIP_DEFLATED, b"little", r"data\.pkl is compressed"),
+    (zipfile.ZIP_STORED, b"big", "big-endian"),
+])  # fmt: skip
+def test_torch_files_that_would_be_read_as_noise(tmp_path, compression, order, message):
+    torch.save({"a": torch.zeros(500), "b": torch.rand(50)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as old, zipfile.ZipFile(tmp_path / "again.pt", "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, order if name.endswith("/byteorder") else old.read(name))
+    with pytest.raises(ValueError, match=f"again.pt: .*{message}"):
+        interop.open_tensors(tmp_path / "again.pt")
+
+
+def test_one_tensor_in_two_files_of_a_set(net, tmp_path):
+    interop.write_diffusers(tmp_path / "d", net.state_dict(), MODELS["wan"], max_shard_bytes=200_000)
+    last = sorted(tmp_path.glob("d/*.safetensors"))[-1]
+    tensors = safetensors.torch.load_file(last)
+    safetensors.torch.save_file(tensors | {"patch_embedding.bias": torch.zeros(64)}, last)
+    with pytest.raises(ValueError, match=f"{last}: .'patch_embedding.bias'. are in another file"):
+        interop.read_diffusers(tmp_path / "d")
+
+
+def test_a_checkpoint_that_lacks_a_part_of_a_tensor(tmp_path):
+    write_network(tmp_path / "c", {"a": torch.ones(4, 2)}, {})
+    index = read_index(tmp_path / "c")
+    (chunk,) = index.state_dict_metadata["student.a"].chunks
+    index.state_dict_metadata["student.a"].chunks[0] = replace(chunk, sizes=torch.Size([3, 2]))
+    with pytest.raises(ValueError, match=r"parts of student\.a are missing"):
+        open_folder(tmp_path / "c", index)

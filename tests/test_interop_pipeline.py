@@ -111,7 +111,9 @@ def test_folder(wan):
         "README.md", "SHA256SUMS", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
     }  # fmt: skip
     for path in (wan / "base" / "vae").iterdir():
-        assert os.path.samefile(path, out / "vae" / path.name)
+        # A configuration is written into when it is saved again, weights are replaced.
+        assert os.path.samefile(path, out / "vae" / path.name) == (path.suffix == ".safetensors")
+        assert path.read_bytes() == (out / "vae" / path.name).read_bytes()
     card = (out / "README.md").read_text()
     assert "license: apache-2.0\nbase_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers\n" in card
     assert "2510.08431" in card and "0.987654, 0.933781, 0.852895, 0.608979" in card  # architectures.md E.2
@@ -214,6 +216,8 @@ def test_wan_image_pipeline_equals_our_sampler(both_ends, parts, tmp_path):
     net.save_pretrained(tmp_path / "student")
     write = WriteOptions(pipeline=PipelineOptions(base=tmp_path / "base"))
     convert("diffusers", "diffusers", tmp_path / "student", tmp_path / "out", write=write)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("    image=image, last_image=last_image, prompt=prompt" if both_ends else "    image=image, prompt=prompt") in card
     pipe = WanImageToVideoPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     told = []
@@ -311,6 +315,7 @@ def test_cosmos_video_pipeline_equals_our_sampler(parts, padding, tmp_path):
     """The frames that are given are clean in what the network sees, at almost no noise, and in what it gives."""
     world = Cosmos2VideoToWorldPipeline
     export_cosmos(parts, tmp_path, world, in_channels=17, out_channels=16, rope_scale=(1.0, 3.0, 3.0))
+    assert "pipe(image=image, fps=None, prompt=prompt" in (tmp_path / "out" / "README.md").read_text()
     pipe = world.from_pretrained(tmp_path / "out", trust_remote_code=True, safety_checker=NoGuardrail())
     pipe.set_progress_bar_config(disable=True)
     noises = noises_of(8, 1.0, 4)
@@ -392,6 +397,11 @@ def test_bases_and_starts_that_do_not_fit_are_refused(wan, cosmos, tmp_path):
         convert("diffusers", "diffusers", wan / "student", tmp_path / "out", write=write)
     with pytest.raises(ValueError, match="only a diffusers destination"):
         convert("diffusers", "wan", wan / "student", tmp_path / "out.pth", write=write)
+    index = json.loads((wan / "base" / "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="two transformers"):
+        convert("diffusers", "diffusers", wan / "student", tmp_path / "out", write=write)
     write = WriteOptions(pipeline=PipelineOptions(base=cosmos / "base", sigma_max=120.0))
     with pytest.raises(ValueError, match=r"--sigma-max 120.0: Cosmos' pipelines start from 80"):
         convert("diffusers", "diffusers", cosmos / "student", tmp_path / "out", write=write)

@@ -99,6 +99,18 @@ def test_consistency_loss_has_gradient_minus_2_g():
     assert worst(grad, -2 * g) <= 1e-14
 
 
+def test_score_distillation_loss_where_frames_are_given():
+    """They are the same in all three: the loss is that of the other frames alone."""
+    generated, fake, teacher = draws(3)
+    frames = SHAPE[2]
+    cut = [x[:, :, 1:] for x in (generated, fake, teacher)]
+    for x in (fake, teacher):
+        x[:, :, :1] = generated[:, :, :1]
+    share = torch.full((SHAPE[0],), (frames - 1) / frames, dtype=torch.float64)
+    for whole, part in zip(score_distillation_loss(generated, fake, teacher, share=share), score_distillation_loss(*cut)):
+        assert worst(whole, part) <= 1e-12
+
+
 def test_score_distillation_loss():
     generated, fake, teacher = draws(3)
     generated.requires_grad_()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from rcm_mcore.data.vae import VideoVAE
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
 from rcm_mcore.sampling import SampleRequest, draws_of
 from rcm_mcore.sampling.background import Background
+from rcm_mcore.sampling.folder import Output, SampleFolder, _digest
 
 NAMES = ["000_a-red-fox.mp4", "001_a-blue-whale-at-night.mp4", "002_a-green-bird.mp4"]
 
@@ -171,9 +173,8 @@ def test_digits_and_latents_without_a_vae(runs):
 def test_a_prompt_that_is_too_long_is_named(runs):
     _, results = runs
     assert results["long"]["code"] == 2 and results["long"]["calls"] == []
-    assert re.search(
-        r"prompt 'red red .* has \d+ tokens: the network reads at most model.text_len=24", results["long"]["error"]
-    )
+    message = r"prompt 'red red .* has \d+ tokens: at most 24 reach the network \(model.text_len=24\)"
+    assert re.search(message, results["long"]["error"])
 
 
 def test_two_ranks_write_the_same(runs):
@@ -209,9 +210,9 @@ def refused(parts, monkeypatch, capsys):
         if "VAE4" in more:
             tiny_vae(out.parent, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
             more = ["--vae", str(out.parent)]
-        if "IMAGE" in more:
-            write_network(out.parent / "image", {"a": torch.zeros(2)}, VIDEO_MODEL | {"condition": "image"})
-            more = ["--checkpoint", str(out.parent / "image")]
+        if "WIDE" in more:
+            write_network(out.parent / "wide", {"a": torch.zeros(2)}, VIDEO_MODEL | {"text_dim": 24})
+            more = ["--checkpoint", str(out.parent / "wide")]
         argv = ["--checkpoint", str(parts / "checkpoint"), "--which", "student", "--pipeline", str(parts / "pipeline")]
         prompt = [] if "--prompt" in more else ["--prompt", "a red fox"]
         assert sample.main([*argv, *prompt, "--size", "32x32", "--out", str(out), *more]) == 2
@@ -241,9 +242,14 @@ def refused(parts, monkeypatch, capsys):
         (["--sampler", "euler", "--guidance", "2", "--negative-prompt", "x", "--negative-embedding", "y"], "give one of them"),
         (["--which", "ema"], "holds no ema network; it holds: student"),
         (["--fps", "0"], "--fps 0.0: must be positive"),
+        (["--fps", "inf"], "--fps inf: must be positive"),
+        (["--sigma-max", "nan"], "must fall from arctan"),
+        (["--steps", "2", "--mid-times", "nan"], "must fall from arctan"),
+        (["--sampler", "unipc", "--shift", "nan"], "shift=nan positive"),
+        (["--sampler", "euler", "--guidance", "nan"], "--guidance nan: must be a number"),
         (["--vae", "VAE4"], "--vae .*: its latents have 4 channels, the network's 16"),
         (["--text-encoder", "nowhere"], "--text-encoder nowhere: no tokenizer_config.json in it or in tokenizer/"),
-        (["--checkpoint", "IMAGE"], "model.condition=image, but this program gives a network prompts alone"),
+        (["--checkpoint", "WIDE"], "--text-encoder .*: its rows have 16 numbers, the network takes model.text_dim=24"),
         (["--codec", "x"], "--codec is for the digits task and --vae for videos"),
         (["--vae", "nowhere"], "VAE folder nowhere: no config.json in it or in vae/"),
         (["--tp", "2"], "mesh.tp=2 does not divide the 1 ranks"),
@@ -277,3 +283,29 @@ def test_background_is_bounded_and_raises():
         for i in range(9):
             background.put(i)
         pytest.fail("too late")
+
+
+def test_a_converted_checkpoint_that_changes_is_told_apart(parts, tmp_path):
+    """Converted again under the same name: its samples are others."""
+    shutil.copytree(parts / "checkpoint", tmp_path / "checkpoint")
+    digests = []
+    for content in ("a  x\n", "b  x\n"):
+        (tmp_path / "checkpoint" / "SHA256SUMS").write_text(content)
+        digests.append(_digest(tmp_path / "checkpoint"))
+    assert None not in digests and digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("made", [None, ".parts/0.safetensors", "latents.safetensors"])
+def test_a_request_that_made_nothing_stands_in_nobodys_way(parts, tmp_path, made):
+    """A prompt that is too long is known when the network is there: the corrected one goes to the same folder."""
+    shape = dict(latent_shape=(16, 1, 4, 4), checkpoint=str(parts / "checkpoint"), text_encoder="")
+    output = Output(folder=str(tmp_path))
+    first = SampleFolder(SampleRequest(prompts=("too long",), **shape), output)
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / "samples.json").write_text(json.dumps({"complete": False, **first._asked}))
+    if made is None:
+        assert not SampleFolder(SampleRequest(prompts=("shorter",), **shape), output).is_complete
+        return
+    (tmp_path / made).touch()
+    with pytest.raises(ValueError, match="another request"):
+        SampleFolder(SampleRequest(prompts=("shorter",), **shape), output)

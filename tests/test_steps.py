@@ -4,6 +4,7 @@ The networks are small MLPs in float64. `Poisoned` spoils the output of samples 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rcm_mcore.distill.phases import Phase
 from rcm_mcore.distill.steps import MicroBatch, Roles, consistency_step, critic_step, distillation_step, pretrain_step
 from rcm_mcore.dual import Dual, rowwise
 
-B, SHAPE, TEXT = 4, (2, 1, 2, 3), (3, 5)
+B, SHAPE, TEXT = 4, (2, 2, 1, 3), (3, 5)
 PHASE = Phase(kind="student", own_step=0, scm=True, dmd=True, warmup=0.6)
 MARK, OTHER_MARK = 0.5, 0.25
 BAD = [math.nan, math.inf]
@@ -224,6 +225,32 @@ def test_critic_step(roles, batch):
     assert float(loss) == pytest.approx(float(total / B), rel=1e-10)
     assert_metrics(metrics, samples=B, nonfinite_output=0, nonfinite_target=0, loss_critic=total)
     assert_gradients(loss, roles.fake_score, total / B, others=[roles.student, roles.teacher])
+
+
+class Given:
+    """A network that knows the first `frames` frames of each sample, as Cosmos V2W does."""
+
+    def __init__(self, net, latents, frames):
+        self.net, self.latents, self.frames = net, latents, frames
+
+    def __call__(self, x, s, condition):
+        latents = self.latents.repeat(len(condition.text) // B, 1, 1, 1, 1)  # twice in a guided pair
+        towards = lambda v, x, s: torch.cat(
+            [((x - latents) / s.view(-1, 1, 1, 1, 1))[:, :, : self.frames], v[:, :, self.frames :]], 2
+        )
+        return rowwise(towards, self.net(x, s, condition), x, s)
+
+
+def test_means_are_over_frames_that_are_not_given(roles, batch):
+    """Flow matching and the weight of score distillation: given frames add nothing, and do not count."""
+    frames, total = 1, SHAPE[1]
+    nets = {name: Given(getattr(roles, name), batch.latents, frames) for name in ("student", "teacher", "fake_score")}
+    roles = changed(roles, **nets)
+    told = batch.condition._replace(latents=batch.latents, frames=torch.full((B,), frames))
+    for step, metric in ((pretrain_step, "loss"), (distillation_step, "dmd_weight")):
+        plain = step(batch, roles, config())[1][metric]
+        other = step(replace(batch, condition=told), roles, config())[1][metric]
+        assert float(other / plain) == pytest.approx(total / (total - frames), rel=1e-9)
 
 
 def test_pretrain_step(roles, batch):

@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--pipeline",
         type=Path,
         metavar="BASE",
-        help="base pipeline's folder: DST gets its components (hard links where possible), our transformer, a scheduler for "
-        "few-step sampling and a model card",
+        help="base pipeline's folder: DST gets its components (weights as hard links where possible), our transformer, a "
+        "scheduler for few-step sampling and a model card",
     )
     group.add_argument("--steps", type=int, metavar="N", help="steps of the student; default 4")
     group.add_argument("--sigma-max", type=float, metavar="SIGMA", help="noise that it starts from; default 80")

@@ -93,12 +93,18 @@ class CheckpointFolder:
         """
         for step in _gather(self.steps()[::-1])[0]:
             path = self.path(step)
-            problems = [p for p in _gather(_damage(path)) if p]
+            problems = [p for p in _gather(_damage(path, _share)) if p]
             if not problems:
                 return path
             if dist.get_rank() == 0:
                 log.error("checkpoint %s is damaged (%s): going back to the one before it", path, problems[0])
         return None
+
+
+def check_files(path: Path) -> None:
+    """ValueError when a file of a checkpoint is missing or changed; without a manifest nothing is known."""
+    if (path / _MANIFEST).is_file() and (problem := _damage(path, lambda names: names)):
+        raise ValueError(f"{path} is damaged: {problem}")
 
 
 def _gather(value: Any) -> list[Any]:
@@ -148,14 +154,14 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with this rank's share of the files of a checkpoint, or nothing."""
+def _damage(path: Path, share: Callable[[list[str]], list[str]]) -> str:
+    """What is wrong with a share of the files of a checkpoint, or nothing."""
     name = _MANIFEST
     try:
         entries = json.loads((path / name).read_text())
         if not isinstance(entries, dict) or not entries:
             return f"{name} lists no files"
-        for name in _share(sorted(entries)):
+        for name in share(sorted(entries)):
             size, crc = entries[name]
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {size}"

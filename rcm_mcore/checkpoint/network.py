@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from rcm_mcore.checkpoint.folder import check_files
 from rcm_mcore.interop.dcp import open_folder, read_index, write_folder
 from rcm_mcore.interop.files import Counter, Progress
 from rcm_mcore.interop.lazy import LazyTensor, Weight, loaded
@@ -84,11 +85,14 @@ def _entries(path: Path, which: Which) -> dict[str, TensorStorageMetadata]:
 def open_network(path: str | Path, *, which: Which = "student") -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """Whole weights of one network by parameter name, each read when it is loaded, and the `model` section.
 
-    `path`: a checkpoint or a run folder. Needs no process group. ValueError when the network is not there.
+    `path`: a checkpoint or a run folder. Needs no process group. ValueError when the network is not there, or a file is not
+    what the manifest says (all are read for that).
     """
     path = resolve(path)
+    entries = _entries(path, which)
+    check_files(path)
     weights = open_folder(path)
-    return {name: weights[PREFIX[which] + name] for name in _entries(path, which)}, model_of(path)
+    return {name: weights[PREFIX[which] + name] for name in entries}, model_of(path)
 
 
 def read_network(path: str | Path, *, which: Which = "student") -> tuple[dict[str, Tensor], dict[str, Any]]:

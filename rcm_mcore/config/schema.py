@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +98,8 @@ class DistillConfig:
         _at_least("distill.student_every", self.student_every, 1)
         _at_least("distill.rollout_max_steps", self.rollout_max_steps, 1)
         _at_least("distill.tangent_warmup", self.tangent_warmup, 0)
+        if self.rollout_times is not None and not all(0 < t <= math.pi / 2 for t in self.rollout_times):
+            raise ValueError(f"distill.rollout_times={list(self.rollout_times)}: TrigFlow times lie above 0 and up to pi / 2")
         if self.rollout_times is not None and len(self.rollout_times) < self.rollout_max_steps - 1:
             raise ValueError(
                 f"distill.rollout_times has {len(self.rollout_times)} entries; distill.rollout_max_steps="

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rcm_mcore.data.build import NEGATIVE_EMBEDDING, Outcome, ShardFolder, write_embedding
-from rcm_mcore.data.image import ImageEncoder, given_frames, given_video
-from rcm_mcore.data.media_input import BadInput, MediaInput, Size, list_inputs, read_media
+from rcm_mcore.data.image import ImageEncoder, encode_given, given_frames
+from rcm_mcore.data.media_input import BadInput, MediaInput, Size, list_inputs, read_media, to_unit
 from rcm_mcore.data.shards import BadSample, Sample, as_float32
 from rcm_mcore.data.vae import VideoVAE, latent_shape
 
@@ -135,16 +135,16 @@ class MediaEncoder:
     def encode(self, caption: str, pixels: Tensor) -> Sample:
         """The sample of a caption and a video [3, F, H, W] uint8, as it is stored. Raises: BadSample if it is not finite."""
         request = self.request
-        video = pixels.to(self.vae.device).float() / 127.5 - 1
         (embed,) = self.text.encode([caption])
         given = image = None
         if self.image is not None:
             assert request.condition != "text"
-            image = self.image.encode(given_frames(pixels, request.condition)).to(request.store_dtype)
-            shown = given_video(given_frames(video, request.condition), request.frames)
-            given = self._latents(shown)
+            frames = given_frames(pixels, request.condition)
+            given, image = encode_given(frames, request.frames, vae=self.vae, image_encoder=self.image)
+            given, image = given.to(request.store_dtype).cpu(), image.to(request.store_dtype)
+        latent = self.vae.encode(to_unit(pixels.to(self.vae.device))[None])[0]
         sample = Sample(
-            latent=self._latents(video),
+            latent=latent.to(request.store_dtype).cpu(),
             embed=embed.to(request.store_dtype),
             prompt=caption.strip(),
             given=given,
@@ -152,9 +152,6 @@ class MediaEncoder:
         )
         as_float32(sample)
         return sample
-
-    def _latents(self, video: Tensor) -> Tensor:
-        return self.vae.encode(video[None])[0].to(self.request.store_dtype).cpu()
 
 
 def encode_dataset(

@@ -11,6 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rcm_mcore.data.media_input import to_unit
+from rcm_mcore.data.vae import VideoVAE
+
 GivenFrames = Literal["image", "first_last"]  # as ModelConfig.condition
 
 
@@ -32,6 +35,33 @@ def given_video(frames: Tensor, count: int) -> Tensor:
     return video
 
 
+def encode_given(frames: Tensor, count: int, *, vae: VideoVAE, image_encoder: ImageEncoder) -> tuple[Tensor, Tensor]:
+    """What a network is told of the given frames [n, 3, H, W], uint8, of a video of `count` frames.
+
+    Returns latents [C, F, h, w] of the video with zeros for the others, float32, and rows [n * tokens, width] on the CPU.
+    """
+    rows = image_encoder.encode(frames)
+    video = given_video(to_unit(frames.to(vae.device)), count)
+    return vae.encode(video[None])[0], rows
+
+
+def rows_of_image(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    """Rows that the image encoder of a folder gives of an image, and their width; nothing is loaded.
+
+    Raises: ValueError when it or its image processor is missing, or it is of another kind.
+    """
+    from transformers import CLIPVisionConfig
+
+    _find(Path(folder), "image_processor", "preprocessor_config.json")
+    model_folder = _find(Path(folder), "image_encoder", "config.json")
+    try:
+        _check_kind(model_folder)
+        config = CLIPVisionConfig.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"image encoder folder {model_folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size
+
+
 class ImageEncoder:
     """A frozen CLIP vision model and its image processor, from the folder of a Wan image-to-video pipeline.
 
@@ -48,9 +78,7 @@ class ImageEncoder:
         model_folder = _find(folder, "image_encoder", "config.json")
         processor_folder = _find(folder, "image_processor", "preprocessor_config.json")
         try:
-            kind = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if kind != "clip_vision_model":
-                raise ValueError(f"it holds {kind}, not clip_vision_model")
+            _check_kind(model_folder)
             self._processor = CLIPImageProcessor.from_pretrained(processor_folder, local_files_only=True)
             model, report = CLIPVisionModel.from_pretrained(
                 model_folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -68,6 +96,12 @@ class ImageEncoder:
         pixels = self._processor(images=images, return_tensors="pt").pixel_values
         hidden = self._model(pixels.to(self._model.device, self._model.dtype), output_hidden_states=True).hidden_states[-2]
         return hidden.flatten(0, 1).float().cpu()
+
+
+def _check_kind(folder: Path) -> None:
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "clip_vision_model":
+        raise ValueError(f"it holds {kind}, not clip_vision_model")
 
 
 def _find(folder: Path, part: str, marker: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -138,12 +139,44 @@ def read_media(path: Path, *, frames: int, fps: Fraction, sizes: Sequence[Size])
     return torch.stack(cropped, dim=1)
 
 
+def read_last_frames(path: Path, *, frames: int, size: Size) -> Tensor:
+    """The last `frames` frames of a video, at the times that they have: [3, F, height, width] uint8.
+
+    Raises: BadInput when it cannot be decoded, is no video or is too short.
+    """
+    import av
+
+    if not path.is_file():
+        raise BadInput("there is no such file")
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise BadInput(f"must end in one of {' '.join(sorted(VIDEO_SUFFIXES))}")
+    last: deque[av.VideoFrame] = deque(maxlen=frames)
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadInput("there is no video stream in it")
+            last.extend(container.decode(container.streams.video[0]))
+            cropped = [resize_and_crop(_pixels(frame), size) for frame in last]
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"cannot be decoded: {type(error).__name__}: {_one_line(error)}") from error
+    if len(cropped) < frames:
+        raise BadInput(f"it has {len(cropped)} frames, the last {frames} are wanted")
+    return torch.stack(cropped, dim=1)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
 def _read_image(path: Path) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # torch warns of a view, which is read-only
     # Bytes from a stranger can make the decoder raise nearly anything.
     except Exception as error:
         raise BadInput(f"cannot be decoded: {type(error).__name__}: {_one_line(error)}") from error

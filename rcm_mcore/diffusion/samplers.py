@@ -29,7 +29,7 @@ def few_step_times(steps: int, *, sigma_max: float = 80.0, mid_times: Sequence[f
             f"steps={steps}: must be from 1 to {len(mid_times) + 1}, one more than the mid times {list(mid_times)}"
         )
     times = [math.atan(sigma_max), *mid_times[: steps - 1], 0.0]
-    if any(a < b for a, b in zip(times, times[1:])) or times[-2] <= 0:
+    if not all(a >= b for a, b in zip(times, times[1:])) or not times[-2] > 0:  # NaN is in no order
         raise ValueError(f"times {times} must fall from arctan(sigma_max={sigma_max}) to 0")
     return times
 
@@ -56,7 +56,7 @@ def sample_few_step(velocity: TensorVelocity, noises: Iterable[Tensor], times: S
 
 def shifted_sigmas(steps: int, shift: float) -> list[float]:
     """`steps` + 1 rectified-flow times from 1 to 0: uniform u mapped to shift u / (1 + (shift - 1) u)."""
-    if steps < 1 or shift <= 0:
+    if steps < 1 or not 0 < shift < math.inf:
         raise ValueError(f"steps={steps} must be at least 1 and shift={shift} positive")
     return [shift * u / (1 + (shift - 1) * u) for u in (1 - i / steps for i in range(steps + 1))]
 

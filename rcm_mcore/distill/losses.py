@@ -46,12 +46,15 @@ def consistency_loss(trig: Tensor, g: Tensor) -> Tensor:
     return squared_error(trig, trig.detach() + g)
 
 
-def score_distillation_loss(generated: Tensor, fake: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def score_distillation_loss(
+    generated: Tensor, fake: Tensor, teacher: Tensor, *, share: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """L_dmd = |x_G - sg(x_G - grad)|^2 [B] with grad = (x0_fake - x0_teacher) / w, and w [B] (method.md 3).
 
-    w = mean |x_G - x0_teacher| of the sample, at least 1e-5. Where a prediction is not finite the gradient is zero.
+    w = mean |x_G - x0_teacher| of the sample, at least 1e-5. Where a prediction is not finite the gradient is zero. share [B]:
+    of a sample, what is generated; the rest, frames that are given and so the same in all three, does not count in the mean.
     """
-    weight = (generated.detach() - teacher).abs().flatten(1).mean(1).clamp_min(1e-5)
+    weight = ((generated.detach() - teacher).abs().flatten(1).mean(1) / share).clamp_min(1e-5)
     grad = (fake - teacher) / over_sample(weight)
     grad = torch.where(over_sample(finite_samples(grad)), grad, 0.0)
     return squared_error(generated, generated.detach() - grad), weight

@@ -59,7 +59,7 @@ MicroBatchStep = Callable[[MicroBatch], Outcome]
 
 
 def pretrain_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
-    """Flow matching: |v - (eps - x0)|^2, mean over the elements of a sample; dropped samples see the negative text."""
+    """Flow matching: |v - (eps - x0)|^2, mean over what is generated of a sample; dropped samples see the negative text."""
     draws = batch.draws
     assert draws.t_g is not None and draws.eps_g is not None and draws.dropped is not None, "draws of another phase"
     t, eps = draws.t_g, draws.eps_g
@@ -73,7 +73,8 @@ def pretrain_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
     metrics = _counters(out, rows, len(t)) | {"nonfinite_target": (~usable).sum()}
     if out is None:
         return None, metrics
-    losses = squared_error(primal(out).double(), (eps - latents)[rows]) / eps[0].numel()
+    share = condition.rows(rows).generated_share(eps.shape[2])
+    losses = squared_error(primal(out).double(), (eps - latents)[rows]) / (eps[0].numel() * share)
     loss = torch.where(usable[rows], losses, 0.0).sum()
     return loss / len(t), metrics | {"loss": loss.detach()}
 
@@ -140,7 +141,8 @@ def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcom
         teacher = denoised(x_t, t, trig_velocity(with_guidance, x_t, t))
         usable = _agree(finite_samples(fake) & finite_samples(teacher), roles)
         fake, teacher = (torch.where(over_sample(usable), x, generated.detach()) for x in (fake, teacher))
-    losses, weight = score_distillation_loss(generated, fake, teacher)
+    share = condition.generated_share(generated.shape[2])
+    losses, weight = score_distillation_loss(generated, fake, teacher, share=share)
     loss = losses.sum()
     metrics |= {"loss_dmd": loss.detach(), "dmd_weight": weight.sum(), "nonfinite_target": (~usable).sum()}
     return distill.dmd_weight * loss / count, metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 from functools import partial
@@ -74,6 +75,9 @@ def open_folder(path: Path, index: Metadata | None = None) -> dict[str, LazyTens
     found = {}
     for key, entry in index.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
+            # What no rank has stored would be whatever is in memory.
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) < math.prod(entry.size):
+                raise ValueError(f"{path}/.metadata is no index of a checkpoint: parts of {key} are missing")
             dtype = entry.properties.dtype
             found[key] = LazyTensor(entry.size, dtype, partial(load, key, entry.size, dtype))
     return found

@@ -79,7 +79,8 @@ def verify(path: Path) -> None:
         return
     for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
         digest, _, name = line.partition(" ")
-        file = manifest.parent / name.lstrip(" *")
+        # A file and what is beside it may have been renamed together.
+        file = path if manifest == _beside(path) else manifest.parent / name.lstrip(" *")
         if not name or len(digest) != 64:
             raise ValueError(f"{manifest}: line {number} is not a digest and a name")
         if file != path and path not in file.parents:

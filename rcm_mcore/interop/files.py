@@ -110,6 +110,8 @@ class Counter:
 def _open_torch(path: Path) -> dict[str, LazyTensor]:
     """Read by place in the file: torch's own mapping of a file can be refused where memory is less than the file."""
     in_zip = zipfile.is_zipfile(path)
+    if in_zip:
+        _check_zip(path)
     try:
         with FakeTensorMode() if in_zip else contextlib.nullcontext():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -136,6 +138,20 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
             load = tensor.detach
         tensors[name] = LazyTensor(tensor.shape, tensor.dtype, load)
     return tensors
+
+
+def _check_zip(path: Path) -> None:
+    """ValueError for a torch file whose tensors are not there as they are: they would be read as noise."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: refused, it is damaged: {error}") from error
+    if packed:
+        raise ValueError(f"{path}: {packed[0]} is compressed, as torch never does: load the file and torch.save it again")
+    if any(order != b"little" for order in orders):
+        raise ValueError(f"{path}: written on a big-endian machine, which is not supported")
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -194,7 +210,10 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
         path = index.parent / name
         if Path(name).name != name or not path.is_file():
             raise ValueError(f"{index}: names the file {name!r}, which is not in the folder")
-        tensors |= _open_safetensors(path)
+        found = _open_safetensors(path)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(f"{path}: {twice[:20]} are in another file of the set as well")
+        tensors |= found
     if differing := sorted(tensors.keys() ^ weight_map.keys()):
         raise ValueError(f"{index}: {len(differing)} tensors are not in both index and files: {differing[:20]}")
     return tensors

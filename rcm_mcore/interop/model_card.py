@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+# What a pipeline must be given besides the prompt.
+_GIVEN = {"WanImageToVideoPipeline": "image=image, ", "Cosmos2VideoToWorldPipeline": "image=image, fps=None, "}
 _TAGS = {"WanPipeline": "text-to-video", "Cosmos2TextToImagePipeline": "text-to-image"}
 
 
-def model_card(pipeline: str, times: Sequence[float], *, license: str, base_model: str, stock: bool) -> str:
+def model_card(
+    pipeline: str, times: Sequence[float], *, license: str, base_model: str, stock: bool, both_ends: bool = False
+) -> str:
     """README.md of a pipeline of the class `pipeline` that samples at these TrigFlow times.
 
-    stock: whether model_index.json names diffusers' own scheduler rather than the one in the folder.
+    stock: whether model_index.json names diffusers' own scheduler rather than the one in the folder. both_ends: whether the
+        network is given the last frame too.
     """
+    given = _GIVEN.get(pipeline, "") + ("last_image=last_image, " if both_ends else "")
     rf = ", ".join(f"{math.sin(t) / (math.sin(t) + math.cos(t)):.6f}" for t in times)
     wan = pipeline.startswith("Wan")
     usage = {
@@ -29,7 +35,7 @@ def model_card(pipeline: str, times: Sequence[float], *, license: str, base_mode
         sigma_max=math.tan(times[0]),
         mid=", ".join(f"{t:g}" for t in times[1:]) or "none",
         rf=rf,
-        usage=(usage + ("" if wan else _COSMOS_NOTES)).format(pipeline=pipeline, steps=len(times), rf=rf),
+        usage=(usage + ("" if wan else _COSMOS_NOTES)).format(pipeline=pipeline, steps=len(times), rf=rf, given=given),
     )
 
 
@@ -71,7 +77,7 @@ pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16, trust_remo
 torch.manual_seed(0)
 noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="cuda")
 video = pipe(
-    prompt=prompt, height=height, width=width, num_frames=frames, num_inference_steps={steps}, guidance_scale=1.0,
+    {given}prompt=prompt, height=height, width=width, num_frames=frames, num_inference_steps={steps}, guidance_scale=1.0,
     latents=noise * pipe.scheduler.init_noise_sigma,  # the pipeline itself would start from plain noise
 ).frames[0]
 ```
@@ -105,7 +111,7 @@ pipe.scheduler.set_timesteps = lambda n=None, device=None, **options: set_timest
 torch.manual_seed(0)
 noise = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="cuda")
 video = pipe(
-    prompt=prompt, height=height, width=width, num_frames=frames, num_inference_steps={steps}, guidance_scale=1.0,
+    {given}prompt=prompt, height=height, width=width, num_frames=frames, num_inference_steps={steps}, guidance_scale=1.0,
     latents=noise * sigmas[0],  # the pipeline itself would start from plain noise
 ).frames[0]
 ```
@@ -122,7 +128,7 @@ from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16, trust_remote_code=True).to("cuda")
 torch.manual_seed(0)
-result = pipe(prompt=prompt, num_inference_steps={steps}, guidance_scale=1.0)
+result = pipe({given}prompt=prompt, num_inference_steps={steps}, guidance_scale=1.0)
 ```
 
 To sample with many steps, as a teacher does, give the pipeline the scheduler of the base, whose settings are in the same file:
@@ -148,7 +154,7 @@ from rcm_scheduler import RCMEDMScheduler
 pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
 pipe.scheduler = RCMEDMScheduler.from_config(pipe.scheduler.config)
 torch.manual_seed(0)
-result = pipe(prompt=prompt, num_inference_steps={steps}, guidance_scale=1.0)
+result = pipe({given}prompt=prompt, num_inference_steps={steps}, guidance_scale=1.0)
 ```
 """
 

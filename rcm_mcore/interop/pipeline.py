@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rcm_mcore.config import ModelConfig
-from rcm_mcore.interop.files import read_json, write_json
+from rcm_mcore.interop.files import SAFETENSORS_SUFFIX, read_json, write_json
 from rcm_mcore.interop.model_card import model_card
 
 _log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def check_base(options: PipelineOptions, model: ModelConfig) -> None:
             f"--pipeline {options.base}: it is a {index.get('_class_name')}; a {model.family} network with "
             f"condition={model.condition} needs a {wanted}"
         )
+    if "transformer_2" in _components(index):
+        raise ValueError(f"--pipeline {options.base}: it has two transformers, as Wan2.2's; only Wan2.1's can be a base")
     for name in _components(index):
         if name not in _REPLACED and not (options.base / name).is_dir():
             raise ValueError(f"--pipeline {options.base}: model_index.json names the component {name}, which has no folder")
@@ -89,10 +91,9 @@ def write_pipeline(folder: Path, options: PipelineOptions, model: ModelConfig) -
         for source in sorted(path for path in (options.base / name).rglob("*") if path.is_file()):
             target = folder / source.relative_to(options.base)
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source.resolve(), target)  # a hub's cache holds symbolic links
+            if _link_weights(source, target):
                 linked += 1
-            except OSError:  # another file system
+            else:
                 shutil.copyfile(source, target)
                 copied += 1
     _log.warning("%s: %d files of the base pipeline are hard links, %d are copies", options.base, linked, copied)
@@ -114,8 +115,23 @@ def write_pipeline(folder: Path, options: PipelineOptions, model: ModelConfig) -
         license=options.license,
         base_model=name,
         stock=options.stock_scheduler,
+        both_ends=model.condition == "first_last",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _link_weights(source: Path, target: Path) -> bool:
+    """Link a file of weights, which are large and which libraries replace when they save.
+
+    They write into a configuration, so that one with two names would change in the base too.
+    """
+    if source.suffix != SAFETENSORS_SUFFIX:
+        return False
+    try:
+        os.link(source.resolve(), target)  # a hub's cache holds symbolic links
+    except OSError:  # another file system
+        return False
+    return True
 
 
 def _write_scheduler(folder: Path, options: PipelineOptions, model: ModelConfig) -> None:

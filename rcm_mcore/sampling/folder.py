@@ -31,6 +31,7 @@ from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.evaluation.report import write_gif
+from rcm_mcore.interop import MANIFEST
 from rcm_mcore.sampling.request import Draw, SampleRequest, draws_of, time_steps
 from rcm_mcore.sampling.sampler import Sampler
 
@@ -69,6 +70,7 @@ class SampleFolder:
             "request": asdict(request),
             "output": {k: v for k, v in asdict(output).items() if k != "folder"},
             "checkpoint": {"path": str(path), "digest": _digest(path)},
+            "given": {path: _sha256(Path(path)) for path in request.given.paths} if request.given else {},
         }
         self._asked = json.loads(json.dumps(self._asked))  # as it is read back
         self.is_complete = self._is_complete()
@@ -85,6 +87,8 @@ class SampleFolder:
             sections = {name: dict(there[name]) for name in self._asked}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is not of this program: choose another folder or remove it") from None
+        if not (there.get("complete") or self._latents.is_file() or any(self._parts.glob("*.safetensors"))):
+            return False  # nothing was made, as when a prompt was too long: any request may begin here
         for name, asked in self._asked.items():
             for field, value in asked.items():
                 if sections[name].get(field) != value:
@@ -181,10 +185,11 @@ class SampleFolder:
 
     def _facts_of(self, draw: Draw) -> dict[str, Any]:
         facts: dict[str, Any] = asdict(draw)
+        if not draw.given:
+            facts.pop("given")
         if self._output.vae is not None:
             file = self.file(draw)
-            digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-            facts |= {"file": file.name, "sha256": digest}
+            facts |= {"file": file.name, "sha256": _sha256(file) if file.is_file() else None}
         return facts
 
 
@@ -195,9 +200,13 @@ def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(checkpoint: Path) -> str | None:
-    """SHA-256 of a checkpoint's manifest, which has the size and the CRC-32 of every file; none without a manifest."""
-    manifest = checkpoint / "manifest.json"
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    """SHA-256 of a checkpoint's manifest, a run's or a conversion's, which tells every file; none without a manifest."""
+    manifest = next((file for name in ("manifest.json", MANIFEST) if (file := checkpoint / name).is_file()), None)
+    return None if manifest is None else _sha256(manifest)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _version(package: str) -> str | None:

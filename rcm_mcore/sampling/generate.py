@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcm_mcore.config import ModelConfig
 from rcm_mcore.data import media
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.data.vae import VideoVAE, find_vae
+from rcm_mcore.interop.files import read_json
 from rcm_mcore.sampling.background import Background
 from rcm_mcore.sampling.folder import Output, SampleFolder
-from rcm_mcore.sampling.request import Draw, SampleRequest, check, draws_of
+from rcm_mcore.sampling.request import Draw, SampleRequest, check_request
 from rcm_mcore.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -25,20 +28,11 @@ log = logging.getLogger(__name__)
 
 def check_output(request: SampleRequest, output: Output, world_size: int) -> None:
     """ValueError naming what is wrong with a request or what it should be written as, before anything is loaded."""
-    model = check(request, world_size)
-    draws_of(request)
-    if model.condition != "text":
-        raise ValueError(
-            f"--checkpoint {request.checkpoint}: model.condition={model.condition}, but this program gives a network prompts "
-            "alone; rcm_mcore.sampling.Sampler takes given frames"
-        )
-    encoder = Path(request.text_encoder)
-    for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
-        if not any((path / marker).is_file() for path in (encoder / part, encoder)):
-            raise ValueError(f"--text-encoder {encoder}: no {marker} in it or in {part}/")
+    model = check_request(request, world_size)
+    _check_text_encoder(Path(request.text_encoder), model)
     if output.codec is not None and output.vae is not None:
         raise ValueError("--codec is for the digits task and --vae for videos: give one of them")
-    if not output.fps > 0:
+    if not 0 < output.fps < math.inf:
         raise ValueError(f"--fps {output.fps}: must be positive")
     for flag, path in (("vae", output.vae), ("codec", output.codec)):
         if path is None:
@@ -46,6 +40,17 @@ def check_output(request: SampleRequest, output: Output, world_size: int) -> Non
         channels = find_vae(path)[1].get("z_dim", 16) if flag == "vae" else DigitCodec.load(path).channels
         if channels != model.in_channels:
             raise ValueError(f"--{flag} {path}: its latents have {channels} channels, the network's {model.in_channels}")
+
+
+def _check_text_encoder(folder: Path, model: ModelConfig) -> None:
+    for part, marker in (("tokenizer", "tokenizer_config.json"), ("text_encoder", "config.json")):
+        if not any((path / marker).is_file() for path in (folder / part, folder)):
+            raise ValueError(f"--text-encoder {folder}: no {marker} in it or in {part}/")
+    config = folder / "text_encoder" / "config.json"
+    width = read_json(config if config.is_file() else folder / "config.json").get("d_model")
+    if width not in (None, model.text_dim):  # none: it is of another kind, which loading says
+        takes = f"the network takes model.text_dim={model.text_dim}"
+        raise ValueError(f"--text-encoder {folder}: its rows have {width} numbers, {takes}")
 
 
 def generate(request: SampleRequest, output: Output) -> None:
@@ -72,7 +77,7 @@ def generate(request: SampleRequest, output: Output) -> None:
             if background is not None:
                 for draw in undecoded[mesh.dp_rank :: mesh.dp_size]:
                     background.put(draw, None)
-            for batch, latents in sampler.run(unsampled, batch_size=request.batch_size):
+            for batch, latents in sampler.run(unsampled, batch_size=request.batch_size, given=request.given):
                 if background is not None:
                     for draw, row in zip(batch, latents):
                         background.put(draw, row)

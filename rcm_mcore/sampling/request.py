@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from rcm_mcore.checkpoint import model_of, require_network
 from rcm_mcore.checkpoint.network import Which
 from rcm_mcore.config import MeshConfig, ModelConfig, parse_model, tokens_per_sample, validate_mesh
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
+from rcm_mcore.sampling.given import GivenFiles, check_given
 
 _MESH_FIELDS = ("tp", "sp", "cp", "cp_mode", "cp_inner", "pp")
 
@@ -54,6 +56,7 @@ class SampleRequest(SamplerConfig):
     """How to sample, and what: see `draws_of`."""
 
     prompts: tuple[str, ...]
+    given: GivenFiles | None = None  # for networks with model.condition
     num_per_prompt: int = 1
     seeds: tuple[int, ...] = ()
     first_index: int = 0
@@ -68,6 +71,7 @@ class Draw:
     prompt: str
     seed: int
     index: int
+    given: tuple[str, ...] = ()  # files, as `GivenFiles.of_prompt`
 
 
 def check(config: SamplerConfig, world_size: int) -> ModelConfig:
@@ -78,12 +82,22 @@ def check(config: SamplerConfig, world_size: int) -> ModelConfig:
     validate_mesh(model, config.mesh, world_size, tokens=tokens)
     require_network(config.checkpoint, config.which)
     time_steps(config)
+    if not math.isfinite(config.guidance):
+        raise ValueError(f"--guidance {config.guidance}: must be a number")
     if config.sampler == "few_step" and config.guidance != 1.0:
         raise ValueError(f"--guidance {config.guidance}: a distilled student is sampled without guidance; leave it at 1")
     if config.negative_prompt is not None and config.negative_embedding is not None:
         raise ValueError("--negative-prompt and --negative-embedding say the same thing: give one of them")
     if config.guidance == 1.0 and config.negative_prompt is not None:
         raise ValueError("--negative-prompt: without guidance nothing looks at it; set --guidance")
+    return model
+
+
+def check_request(request: SampleRequest, world_size: int) -> ModelConfig:
+    """As `check`, of a whole request: ValueError also for prompts and files that make no sense."""
+    model = check(request, world_size)
+    draws_of(request)
+    check_given(request.given, model, request.latent_shape, prompts=len(request.prompts))
     return model
 
 
@@ -111,12 +125,13 @@ def draws_of(request: SampleRequest) -> list[Draw]:
     for name, least in (("batch_size", 1), ("num_per_prompt", 1), ("first_index", 0)):
         if getattr(request, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(request, name)}: must be at least {least}")
+    prompts, files = request.prompts, (request.given or GivenFiles()).of_prompt
     if not request.seeds:
-        prompts = [prompt for prompt in request.prompts for _ in range(request.num_per_prompt)]
-        return [Draw(i, prompt, request.seed, request.first_index + i) for i, prompt in enumerate(prompts)]
+        which = [p for p in range(len(prompts)) for _ in range(request.num_per_prompt)]
+        return [Draw(i, prompts[p], request.seed, request.first_index + i, files(p)) for i, p in enumerate(which)]
     if request.num_per_prompt > 1:
         raise ValueError(f"--num-per-prompt {request.num_per_prompt} goes with --seed; --seeds makes one sample for each")
     if len(set(request.seeds)) < len(request.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, request.seeds))}: each must be there once")
-    pairs = [(p, seed) for p in range(len(request.prompts)) for seed in request.seeds]
-    return [Draw(i, request.prompts[p], seed, request.first_index + p) for i, (p, seed) in enumerate(pairs)]
+    pairs = [(p, seed) for p in range(len(prompts)) for seed in request.seeds]
+    return [Draw(i, prompts[p], seed, request.first_index + p, files(p)) for i, (p, seed) in enumerate(pairs)]

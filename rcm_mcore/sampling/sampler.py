@@ -24,7 +24,8 @@ from rcm_mcore.models import build_model
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.parallel.stages import as_function
-from rcm_mcore.sampling.request import Draw, SamplerConfig, SampleRequest, check, draws_of, time_steps
+from rcm_mcore.sampling.given import GivenEncoder, GivenFiles
+from rcm_mcore.sampling.request import Draw, SamplerConfig, SampleRequest, check, check_request, draws_of, time_steps
 
 if TYPE_CHECKING:
     from rcm_mcore.data.text import TextEncoder
@@ -98,18 +99,33 @@ class Sampler:
         The encoder is loaded by the first call, on this rank's device and in the network's dtype (float32 for a wider one), and
         stays until `free_text_encoder`. Raises ValueError for a prompt longer than the network's text.
         """
-        if self._encoder is None:
-            from rcm_mcore.data.text import TextEncoder  # its tokenizer is not needed where text is encoded already
+        from rcm_mcore.data.text import MAX_TOKENS, TextEncoder  # its tokenizer is not needed where text is encoded already
 
+        if self._encoder is None:
             dtype = min(getattr(torch, self.model.dtype), torch.float32, key=lambda d: d.itemsize)
             self._encoder = TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
         different = list(dict.fromkeys(prompts))
+        most = min(self.model.text_len, MAX_TOKENS)  # the encoder would cut the others
+        for prompt, tokens in zip(different, self._encoder.token_counts(different)):
+            if tokens > most:
+                reach = f"at most {most} reach the network (model.text_len={self.model.text_len})"
+                raise ValueError(f"prompt {prompt[:60]!r} has {tokens} tokens: {reach}")
         rows = dict(zip(different, self._encoder.encode(different)))
-        for prompt, encoded in rows.items():
-            if len(encoded) > self.model.text_len:
-                most = f"the network reads at most model.text_len={self.model.text_len}"
-                raise ValueError(f"prompt {prompt[:60]!r} has {len(encoded)} tokens: {most}")
         return [rows[prompt] for prompt in prompts]
+
+    def encode_given(self, files: Sequence[tuple[str, ...]], given: GivenFiles) -> dict[tuple[str, ...], Condition]:
+        """What the network is told of the files of samples (`GivenFiles.of_prompt`): of each different entry the condition of
+        one sample, without text, on the CPU.
+
+        The encoders are loaded, on this rank's device, and forgotten. Raises ValueError for folders and files that cannot be
+        used.
+        """
+        encoder = GivenEncoder(given, self.model, device=self.mesh.device)
+        told = {entry: encoder.encode(entry, self.config.latent_shape) for entry in dict.fromkeys(files)}
+        del encoder
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return told
 
     def free_text_encoder(self) -> None:
         """Give its memory back."""
@@ -135,7 +151,8 @@ class Sampler:
             indices: of the samples. The noise of one depends on its seed and its index alone, not on the batch or the mesh.
             rows: of text, [n_i, text_dim] each.
             seeds: one for each sample; that of the configuration if left out.
-            given: frames and images of networks that are told of some (`model.condition`); its text is not looked at.
+            given: of `encode_given`, or the like: frames and images of networks that are told of some (`model.condition`); its
+                text is not looked at.
         """
         velocity = self._velocity(rows, given)
         noises = self._noises(indices, [self.config.seed] * len(indices) if seeds is None else seeds)
@@ -148,17 +165,21 @@ class Sampler:
         self.seconds += time.perf_counter() - start
         return latents
 
-    def run(self, draws: Sequence[Draw], *, batch_size: int) -> Iterator[tuple[list[Draw], Tensor]]:
+    def run(
+        self, draws: Sequence[Draw], *, batch_size: int, given: GivenFiles | None = None
+    ) -> Iterator[tuple[list[Draw], Tensor]]:
         """This data-parallel group's share of the samples, in batches, with their latents [n, C, F, H, W]. Shows progress."""
         mine = list(draws[self.mesh.dp_rank :: self.mesh.dp_size])
         rows = self.encode([draw.prompt for draw in mine]) if mine else []
         self.free_text_encoder()
+        told = self.encode_given([draw.given for draw in mine], given) if given is not None and mine else None
         bar = tqdm(total=len(draws), unit="video", disable=not self.mesh.is_main, dynamic_ncols=True)
         with bar:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
                 indices, seeds = [draw.index for draw in batch], [draw.seed for draw in batch]
-                yield batch, self.latents(indices, rows[start : start + batch_size], seeds=seeds)
+                shown = None if told is None else Condition.cat([told[draw.given] for draw in batch])
+                yield batch, self.latents(indices, rows[start : start + batch_size], seeds=seeds, given=shown)
                 bar.update(min(len(batch) * self.mesh.dp_size, len(draws) - bar.n))
 
     def _velocity(self, rows: Sequence[Tensor], given: Condition | None) -> Velocity:
@@ -192,11 +213,12 @@ class Sampler:
 
 def sample(request: SampleRequest) -> SampleResult:
     """Collective: sample a whole request, dealt to the data-parallel ranks, and gather the latents."""
+    check_request(request, int(os.environ.get("WORLD_SIZE", "1")))
     draws = draws_of(request)
     latents = torch.zeros(len(draws), *request.latent_shape)
     with Sampler(request) as sampler:
         mine: list[int] = []
-        for batch, made in sampler.run(draws, batch_size=request.batch_size):
+        for batch, made in sampler.run(draws, batch_size=request.batch_size, given=request.given):
             where = [draw.number for draw in batch]
             latents[where] = made
             mine += where

@@ -17,7 +17,7 @@ from rcm_kernels import backends, use_backends
 from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
-from rcm_mcore.config import Config, chunks_of_stages, resolve_mesh, tokens_per_sample, validate_mesh
+from rcm_mcore.config import Config, chunks_of_stages, parse_model, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.data import DataLoader, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
@@ -186,7 +186,7 @@ def check_teacher(config: Config) -> None:
     """The teacher's checkpoint exists, holds the network asked for, and is of the architecture of `config.model`."""
     teacher = config.distill.teacher
     try:
-        saved = model_of(teacher)
+        saved = asdict(parse_model(model_of(teacher)))  # fields that came after it was written have their defaults
         require_network(teacher, config.distill.teacher_weights)
     except ValueError as error:
         raise ValueError(
@@ -194,8 +194,7 @@ def check_teacher(config: Config) -> None:
         ) from None
     ours = asdict(config.model)
     for name, value in ours.items():
-        value = list(value) if isinstance(value, tuple) else value
-        if name not in _EXECUTION and name in saved and saved[name] != value:
+        if name not in _EXECUTION and saved[name] != value:
             raise ValueError(f"distill.teacher={teacher} has model.{name}={saved[name]}, this run has {value}")
 
 

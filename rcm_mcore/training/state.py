@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 
 from rcm_mcore.checkpoint import config_of
-from rcm_mcore.config import Config, to_yaml
+from rcm_mcore.config import Config, parse_model, to_yaml
 from rcm_mcore.parallel.cpu import write_checkpoints_in_process
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.networks import Trained
@@ -42,12 +42,13 @@ def read_state(path: Path, trained: list[Trained], *, config: Config, mesh: Mesh
     Raises ValueError when it is of another model or of another kind of run.
     """
     stored = config_of(path)
-    saved, ours = stored["model"], asdict(config)["model"]
-    different = [k for k in ours if _plain(ours[k]) != saved.get(k) and k not in ("recompute", "transformer_impl", "dtype")]
+    # Parsed: a run of an older version lacks the fields that came since.
+    saved, ours = asdict(parse_model(stored["model"])), asdict(config.model)
+    different = [k for k in ours if ours[k] != saved[k] and k not in ("recompute", "transformer_impl", "dtype")]
     if different:
         raise ValueError(
             f"checkpoint.dir={config.checkpoint.dir} holds a run of another model: "
-            + ", ".join(f"model.{k} is {saved.get(k)} there and {_plain(ours[k])} here" for k in different)
+            + ", ".join(f"model.{k} is {saved[k]} there and {ours[k]} here" for k in different)
         )
     for name, was, now in (
         ("train.objective", stored["train"]["objective"], config.train.objective),
@@ -92,7 +93,3 @@ def _metadata(mesh: Mesh, *, plain: bool = False) -> dict[str, Any]:
         "distrib_optim_fully_reshardable_mem_efficient": True,  # gathered by one rank, on the host
     }
     return metadata if plain else metadata | {"dp_cp_group": mesh.groups.dp_cp}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
