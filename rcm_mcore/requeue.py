@@ -1,7 +1,7 @@
 """Whether to start a run again: `python -m rcm_mcore.requeue --exit-code N CONFIG.yaml [section.field=value ...]`.
 
-For the job script, after an attempt at a run that ended with exit code N; the other arguments are those of the trainer. Says why,
-and exits with 0 if the run is finished, 75 if it is to be started again, else with N (1 for 0): a person must look.
+For the job script, after an attempt at a run that ended with exit code N; the other arguments are those of the trainer.
+Says why, and exits with 75 if the run is to be started again, else with N (1 for 0 if the run is not finished).
 
 `attempts.jsonl` in checkpoint.dir has a line for each attempt that did not finish the run:
 

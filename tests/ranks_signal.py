@@ -1,6 +1,6 @@
 """On every rank: runs that are asked to stop, and their continuation (test_signals.py).
 
-The plan is a JSON list of [configuration, signal, rank that gets it, when]; results are [step it ended at, names of its folder].
+The plan is a JSON list of [configuration, signal, rank that gets it, when]; results are [step it ended at, its files].
 """
 
 import json

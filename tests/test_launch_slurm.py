@@ -1,4 +1,4 @@
-"""The scripts of launch_slurm/ with stand-ins for Slurm: what they run, and when they requeue. On a real Slurm: test_slurm.py."""
+"""The scripts of launch_slurm/ with stand-ins for Slurm: what they run, when they requeue (on a real Slurm: test_slurm.py)."""
 
 import json
 import os
@@ -61,7 +61,7 @@ class Site:
             "SLURM_JOB_ID": "4242", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_GPUS_ON_NODE": "8",
             "SLURM_SUBMIT_DIR": str(ROOT),
         }  # fmt: skip
-        command = [str(ROOT / "launch_slurm" / name), *arguments]
+        command = ["bash", str(ROOT / "launch_slurm" / name), *arguments]
         return subprocess.run(command, cwd=ROOT, env=launch.environment(**env | extra), capture_output=True, text=True)
 
     def called(self, name):
@@ -173,6 +173,8 @@ def test_sample_and_convert(site):
     arguments = ["--prompt", "a cat, a dog", "--out", str(site.folder / "a b")]
     assert site.script("sample.sh", *arguments, code=3).returncode == 3
     assert site.called("torchrun")[-6:] == ["-m", "rcm_mcore.sample", *arguments]
-    done = site.script("convert.sh", "--from", "wan", "--to", "mcore", str(site.folder / "no such.pth"), str(site.folder / "out"))
+    done = site.script(
+        "convert.sh", "--from", "wan", "--to", "mcore", str(site.folder / "no such.pth"), str(site.folder / "out")
+    )
     assert done.returncode == 2 and "no such.pth" in done.stderr
     assert site.called("srun")[:2] == ["--nodes=1", "--ntasks=1"]

@@ -84,7 +84,9 @@ def test_stopped_twice_equals_undisturbed(slurm, undisturbed, place):
     cluster.until(lambda: slurm.facts(job)["Restarts"] == "1", 60, lambda: output(place, "stopped"))
     (first,) = [int(path.name[5:]) for path in folder.glob("step_*")]
     cluster.until(lambda: logged(folder) >= first + 20, 120, lambda: output(place, "stopped"))
-    urgent = slurm.ask("sbatch", "--parsable", "-p", "urgent", "-N", 2, "--exclusive", "-o", place / "urgent.txt", "--wrap", "date")
+    urgent = slurm.ask(
+        "sbatch", "--parsable", "-p", "urgent", "-N", 2, "--exclusive", "-o", place / "urgent.txt", "--wrap", "date"
+    )
     assert wait_for_end(slurm, place, "urgent", urgent)["JobState"] == "COMPLETED"
     assert slurm.facts(job)["Restarts"] == "2"
     facts = wait_for_end(slurm, place, "stopped", job)
