@@ -35,3 +35,10 @@ demo: setup
 
 demo-clean:
 	rm -rf runs/demo
+
+# A Slurm cluster on this machine, for as long as the tests take. Debian's packages are installed by root alone.
+.PHONY: test-slurm
+test-slurm: setup
+	command -v slurmctld >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py -rs

@@ -9,15 +9,22 @@ import sys
 import warnings
 
 from rcm_mcore.config import Config, load_config, to_yaml
+from rcm_mcore.training.signals import EXIT_STOPPED, StopRequest, listening
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for what the user can put right, 1 for a run that could not go on.
 
-    One line on stderr says what was wrong.
+    One line on stderr says what was wrong. A run that SIGUSR1 or SIGTERM asked to stop finishes its step, saves, and exits with
+    75; under torchrun with 0, since torchrun would start a process again that exits with anything else, and hides the number.
     """
+    with listening() as stop:
+        return _main(argv, stop)
+
+
+def _main(argv: list[str] | None, stop: StopRequest) -> int:
     # Options may stand anywhere among the overrides.
-    args = _parser().parse_intermixed_args(argv)
+    args = build_parser().parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(levelname)s %(message)s")
     # megatron-core and torch warn of their own internals (fallbacks without apex, renamed collectives) at every start.
@@ -38,14 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     if rank == 0:
         print(to_yaml(config), end="", flush=True)
         print("".join(f"# {name}: {value}\n" for name, value in facts.items()), end="", flush=True)
-    return 0 if args.dry_run else _train(config, rank)
+    return 0 if args.dry_run else _train(config, rank, stop)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m rcm_mcore.train",
         description="Pretrain a teacher by flow matching or distil a student by rCM. A run that was interrupted continues "
-        "from the newest checkpoint in checkpoint.dir.",
+        "from the newest checkpoint in checkpoint.dir. SIGUSR1 and SIGTERM end it after the step at hand, with a checkpoint.",
         epilog="example: torchrun --nproc-per-node 8 -m rcm_mcore.train examples/wan_1_3b/config.yaml mesh.tp=2 mesh.sp=true",
     )
     parser.add_argument("config", help="YAML file of the run")
@@ -57,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(config: Config, rank: int) -> int:
+def _train(config: Config, rank: int, stop: StopRequest) -> int:
     import torch.distributed as dist
 
     from rcm_mcore.checkpoint import CheckpointError
@@ -65,7 +73,7 @@ def _train(config: Config, rank: int) -> int:
     from rcm_mcore.training.step import NonFiniteError
 
     try:
-        train(config)
+        run = train(config, stop)
     except (NonFiniteError, CheckpointError) as error:  # raised on every rank
         if rank == 0:
             _report(error)
@@ -76,7 +84,8 @@ def _train(config: Config, rank: int) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if run.state.step == config.train.steps or under_torchrun else EXIT_STOPPED
 
 
 def _report(error: Exception, where: str = "") -> None:

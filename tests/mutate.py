@@ -82,7 +82,8 @@ class Copy:
             raise ValueError(f"{mutation.file}: {mutation.old!r} must be found once and changed, found {found} times")
         text = text.replace(mutation.old, mutation.new)
         try:
-            compile(text, mutation.file, "exec")
+            if mutation.file.endswith(".py"):
+                compile(text, mutation.file, "exec")
         except SyntaxError as error:
             raise ValueError(f"{mutation.file}: {mutation.new!r} is not valid here: {error}") from None
         return text

@@ -649,6 +649,36 @@ SAMPLE = (
     )
 )
 
+SLURM = (
+    _mutations(
+        "rcm_mcore/training/loop.py",
+        "tests/test_signals.py",
+        ("dist.ReduceOp.MAX)", "dist.ReduceOp.MIN)", "test_every_rank_saves_the_same_step_and_stops"),
+        ("if run.state.step > saved:\n", "if False:\n", "test_every_rank_saves_the_same_step_and_stops"),
+        ("if run.state.step > saved:\n", "if True:\n", "test_every_rank_saves_the_same_step_and_stops"),
+    )
+    + _mutations(
+        "rcm_mcore/train.py",
+        "tests/test_train_cli.py",
+        (" or under_torchrun else", " else", "test_a_run_that_was_asked_to_stop_exits_with_75"),
+    )
+    + _mutations(
+        "rcm_mcore/requeue.py",
+        "tests/test_launch_slurm.py",
+        ('and earlier[-1]["step"] == attempt["step"]', "", "test_two_failures_at_the_same_step_end_the_job"),
+        ('and earlier[-1]["exit_code"] ', "", "test_two_failures_at_the_same_step_end_the_job"),
+        ('if line["job"] == job]', "]", "test_two_failures_at_the_same_step_end_the_job"),
+        ('len({line["saved"] for line in last}) == 1', "True", "test_attempts_without_a_new_checkpoint_end_the_job"),
+    )
+    + _mutations(
+        "launch_slurm/launch.sh",
+        "tests/test_launch_slurm.py",
+        ('trap "" USR1 TERM; ', "", "test_arguments_reach_the_trainer_as_they_are"),
+        ('-m rcm_mcore.train "$@"', "-m rcm_mcore.train $*", "test_arguments_reach_the_trainer_as_they_are"),
+        ("$verdict == 75", "$verdict != 0", "test_two_failures_at_the_same_step_end_the_job"),
+    )
+)
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,
@@ -670,4 +700,5 @@ MUTATIONS = [
     *TRAINING,
     *VAE,
     *SAMPLE,
+    *SLURM,
 ]

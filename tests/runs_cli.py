@@ -8,7 +8,9 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from rcm_mcore.parallel.mesh import destroy_mesh
 from rcm_mcore.training import loop, setup
 
 LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
-save, with_draws = loop.save, setup.with_draws
+save, with_draws, run_step = loop.save, setup.with_draws, loop.run_step
 
 
 def full_disk_after_first_save(run):
@@ -43,10 +45,23 @@ def nan_in_one_sample_of_step_2(config, batch):
     return dataclasses.replace(item, draws=dataclasses.replace(item.draws, eps_g=noise))
 
 
+def signal_in_step_2(trained, item, **rest):
+    if item.batch.step == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return run_step(trained, item, **rest)
+
+
+def as_under_torchrun():
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    loop.run_step = signal_in_step_2
+
+
 SABOTAGE = {
     "full disk": lambda: setattr(loop, "save", full_disk_after_first_save),
     "nan weight": lambda: setattr(loop, "save", nan_weight_after_first_save),
     "nan sample": lambda: setattr(setup, "with_draws", nan_in_one_sample_of_step_2),
+    "signal": lambda: setattr(loop, "run_step", signal_in_step_2),
+    "signal under torchrun": as_under_torchrun,
     None: lambda: None,
 }
 
@@ -58,7 +73,8 @@ def run(argv, sabotage):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = train.main(argv)
     finally:
-        loop.save, setup.with_draws = save, with_draws
+        loop.save, setup.with_draws, loop.run_step = save, with_draws, run_step
+        os.environ.pop("TORCHELASTIC_RUN_ID", None)
         resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
         destroy_mesh()
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}

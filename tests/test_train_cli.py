@@ -247,6 +247,9 @@ def outcomes(place):
     case("nan sample", "share", sabotage="nan sample")
     case("below the share", "below", "train.max_nonfinite_share=0.24", sabotage="nan sample")
     case("at the share", "at", "train.max_nonfinite_share=0.25", sabotage="nan sample")
+    case("signal", "signal", "checkpoint.every=9", sabotage="signal")
+    case("signal again", "signal", "checkpoint.every=9")
+    case("signal under torchrun", "signal_torchrun", sabotage="signal under torchrun")
     case("wandb", "wandb", "train.steps=1", "log.wandb=true")
     case("wandb again", "wandb", "train.steps=2", "log.wandb=true")
 
@@ -370,6 +373,14 @@ def test_as_many_nonfinite_samples_as_allowed_are_counted_and_left_out(outcomes,
     last = newest(place, "at", mesh)
     assert last.name == "step_000000003"
     assert all(bool(tensor.isfinite().all()) for tensor in tiny.all_tensors(last).values())
+
+
+def test_a_run_that_was_asked_to_stop_exits_with_75(outcomes, place, mesh):
+    """Under torchrun, which starts again what exits with anything but 0, with 0."""
+    assert [outcomes[name]["code"] for name in ("signal", "signal again", "signal under torchrun")] == [75, 0, 0]
+    assert "error: " not in outcomes["signal"]["err"]
+    names = [sorted(path.name for path in run_folder(place, name).glob("step_*")) for name in ("signal", "signal_torchrun")]
+    assert names == [["step_000000002", "step_000000003"], ["step_000000001", "step_000000002"]]
 
 
 def test_wandb_continues_the_same_run(outcomes, place):

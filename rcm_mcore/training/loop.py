@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from rcm_mcore.config import Config
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
+from rcm_mcore.training.signals import StopRequest
 from rcm_mcore.training.state import write_state
 from rcm_mcore.training.step import StepBatch, run_step
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> Run:
-    """Collective: run (or continue) to train.steps optimizer steps; the last state is saved. Returns the finished run."""
+def train(config: Config, stop: StopRequest | None = None) -> Run:
+    """Collective: run (or continue) to train.steps optimizer steps, or to the step during which any rank was asked to `stop`.
+
+    The last state is saved either way. Returns the run; it is finished if `run.state.step` is train.steps.
+    """
     run = set_up(config)
+    saved, total = run.state.step, config.train.steps
     run_log = RunLog(
         run.folder.root,
         config.log,
         is_main=run.mesh.is_main,
         start=run.state.step,
-        total=config.train.steps,
+        total=total,
         resolved=asdict(config),
         wandb_id=run.state.wandb_id,
     )
     run.state = replace(run.state, wandb_id=run_log.wandb_id)
     if run.state.step and run.mesh.is_main:
-        log.info("resuming after step %d of %d", run.state.step, config.train.steps)
+        log.info("resuming after step %d of %d", run.state.step, total)
     try:
         with run.loader:
-            while run.state.step < config.train.steps:
+            while run.state.step < total:
+                received = _signal_of_any_rank(stop)
+                if received:
+                    break
                 _step(run, run_log)
-                if run.state.step % config.checkpoint.every == 0 or run.state.step == config.train.steps:
+                if run.state.step % config.checkpoint.every == 0 or run.state.step == total:
                     save(run)
+                    saved = run.state.step
+            if run.state.step > saved:
+                save(run)
+            if run.state.step < total and run.mesh.is_main:
+                log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
     finally:
         run_log.close()
     return run
@@ -53,6 +68,17 @@ def save(run: Run) -> None:
         lambda path: write_state(path, run.networks, run.state, config=run.config, mesh=run.mesh),
         keep_last=run.config.checkpoint.keep_last,
     )
+
+
+def _signal_of_any_rank(stop: StopRequest | None) -> str | None:
+    """Collective: the name of the signal that asked some rank to stop, or None; the same on every rank.
+
+    A signal reaches ranks in different steps, or only some of them, and all must save after the same one. The exchange is over
+    gloo, so that no GPU is waited for.
+    """
+    number = torch.tensor(stop.received if stop is not None else 0)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return signal.Signals(int(number)).name if number else None
 
 
 def _step(run: Run, run_log: RunLog) -> None:
