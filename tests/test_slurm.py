@@ -8,9 +8,6 @@ import cluster
 import launch
 import pytest
 import tiny
-import torch
-
-from rcm_mcore.data import Sample, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slurm
@@ -104,13 +101,10 @@ def test_stopped_twice_equals_undisturbed(slurm, undisturbed, place):
 
 
 def test_failing_twice_at_the_same_step_ends_the_job(slurm, place):
-    def spoiled(i):
-        return Sample(latent=torch.full(tiny.LATENT, torch.nan), embed=torch.ones(2, 8), prompt=f"sample {i}")
-
-    write_shards((spoiled(i) for i in range(8)), place / "spoiled", samples_per_shard=2)
-    job = submit(slurm, place, "failing", f'data.shards=["{place}/spoiled/*.tar"]', nodes=1)
+    """After a first step so large that nothing is finite in the second."""
+    job = submit(slurm, place, "failing", "optim.lr=1e30", nodes=1)
     facts = wait_for_end(slurm, place, "failing", job)
     text = output(place, "failing")
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "1:0", "1"), text
-    assert text.count("are not finite") == 2 and text.count("\nstart again: failed with exit code 1 after step 0 of") == 1
-    assert "\nnot started again: failed with exit code 1 after step 0 of" in text and "failed there the time before" in text
+    assert text.count("error: step 1: ") == 2 and text.count("\nstart again: failed with exit code 1 after step 1 of") == 1
+    assert "\nnot started again: failed with exit code 1 after step 1 of" in text and "failed there the time before" in text
