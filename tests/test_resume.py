@@ -184,7 +184,7 @@ def test_every_rank_learns_that_one_rank_could_not_write(runs):
     first, second = json.loads((runs / "errors.json").read_text())
     assert first == second and "\n" not in first
     assert "the checkpoint of step 1 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
-    assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["log.jsonl"]
+    assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["events.jsonl", "log.jsonl"]
 
 
 def test_a_run_stops_on_every_rank_before_weights_are_touched(runs):

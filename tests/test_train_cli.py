@@ -294,7 +294,7 @@ def test_a_run_of_another_kind_is_not_resumed(outcomes, place, mesh, name, words
     assert [line["step"] for line in tiny.log_lines(run_folder(place, "good"))] == [1, 2]
     assert newest(place, "good", mesh) == run_folder(place, "good") / "step_000000002"
     assert sorted(path.name for path in run_folder(place, "good").iterdir()) == [
-        "latest", "log.jsonl", "step_000000001", "step_000000002",
+        "events.jsonl", "latest", "log.jsonl", "step_000000001", "step_000000002",
     ]  # fmt: skip
 
 

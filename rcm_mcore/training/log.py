@@ -21,6 +21,9 @@ Keys of a line, always all of them (null where the phase has none):
     data_seconds       part of it spent waiting for data
     samples_per_second of the global batch
     memory_gib         peak GPU memory of rank 0 so far; null on CPU
+
+What is not a step (started, resumed, a slow rank, ...) is a line of `events.jsonl`: `time` (seconds since 1970), `step` (the last
+one done), `event` (what it is), and what there is to say of it. Nothing is ever removed from that file.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +61,11 @@ class RunLog:
         wandb_id: str | None,
     ) -> None:
         self.wandb_id = wandb_id
-        self._bar = self._file = self._wandb = None
+        self._bar = self._file = self._wandb = self._events = None
+        self._step = start
         if not is_main:
             return
+        self._events = folder / "events.jsonl"
         path = folder / "log.jsonl"
         _drop_after(path, start)
         self._file = path.open("a", encoding="utf-8")
@@ -87,6 +93,7 @@ class RunLog:
         unknown = values.keys() - set(KEYS)
         assert not unknown, f"log keys without a documented meaning: {sorted(unknown)}"
         line = {key: values.get(key) for key in KEYS}
+        self._step = line["step"]
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         shown = {k: f"{line[k]:.4g}" for k in ("loss", "g_norm", "grad_norm", "seconds") if line[k] is not None}
@@ -94,6 +101,13 @@ class RunLog:
         self._bar.update(1)
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if v is not None}, step=line["step"])
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Something that is not a step."""
+        if self._events is None:
+            return
+        with self._events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "step": self._step, "event": kind, **facts}) + "\n")
 
     def close(self) -> None:
         """Flush and finish."""

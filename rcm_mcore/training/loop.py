@@ -39,6 +39,7 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
         wandb_id=run.state.wandb_id,
     )
     run.state = replace(run.state, wandb_id=run_log.wandb_id)
+    run_log.event("resumed" if run.state.step else "started", of=total, ranks=dist.get_world_size())
     if run.state.step and run.mesh.is_main:
         log.info("resuming after step %d of %d", run.state.step, total)
     try:
@@ -54,6 +55,7 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
             if run.state.step > saved:
                 save(run)
             if run.state.step < total and run.mesh.is_main:
+                run_log.event("stopped", signal=received)
                 log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
     finally:
         run_log.close()
