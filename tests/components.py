@@ -36,7 +36,7 @@ def tiny_checkpoint(folder, mesh, seed=0):
     net = build_model(parse_model(VIDEO_MODEL), mesh.config, mesh.groups, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, entry in net.sharded_state_dict(prefix="", metadata={"dp_cp_group": mesh.groups.dp_cp}).items():
-        draw = torch.randn(entry.data.shape, generator=generator)
+    for name, entry in net.named_parameters():
+        draw = torch.randn(entry.shape, generator=generator)
         weights[name] = 1 + 0.1 * draw if "norm" in name and name.endswith("weight") else 0.2 * draw
     write_network(folder, weights, VIDEO_MODEL)

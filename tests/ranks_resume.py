@@ -18,6 +18,7 @@ from rcm_mcore.config import load_config
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
 from rcm_mcore.training import setup
 from rcm_mcore.training.loop import save, train
+from rcm_mcore.training.saver import Saver
 from rcm_mcore.training.setup import check, set_up
 from rcm_mcore.training.step import NonFiniteError
 
@@ -47,8 +48,10 @@ def cut(source, target, step):
 def rewrite(path, target):
     """Load the newest checkpoint of a run under its mesh and write it, as it is, to the run folder `target`."""
     loaded = set_up(load_config(path))
-    loaded.folder = CheckpointFolder(target)
-    save(loaded)
+    folder = CheckpointFolder(target)
+    saver = Saver(folder, loaded.networks, config=loaded.config, mesh=loaded.mesh, report=lambda *event, **facts: None)
+    save(loaded, saver)
+    saver.settle(last=True)
 
 
 def unwritable(path, rank):

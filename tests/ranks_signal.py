@@ -17,7 +17,7 @@ from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
 from rcm_mcore.training import loop
 from rcm_mcore.training.signals import listening
 
-run_step, write_state = loop.run_step, loop.write_state
+run_step, save = loop.run_step, loop.save
 
 
 def kill_in(function, is_now, name, rank):
@@ -33,11 +33,11 @@ def kill_in(function, is_now, name, rank):
 
 def one(path, name, rank, when):
     """Train; a signal comes `when`: "start", "save" of step 2, in a "step", the third, or "last", the sixth."""
-    loop.run_step, loop.write_state = run_step, write_state
+    loop.run_step, loop.save = run_step, save
     step = {"step": 2, "last": 5}.get(when)
     loop.run_step = kill_in(run_step, lambda trained, item: item.batch.step == step, name, rank)
     if when == "save":
-        loop.write_state = kill_in(write_state, lambda path, networks, state: state.step == 2, name, rank)
+        loop.save = kill_in(save, lambda run, saver: run.state.step == 2, name, rank)
     with listening() as stop:
         if when == "start" and dist.get_rank() == rank:
             os.kill(os.getpid(), getattr(signal, name))

@@ -24,14 +24,16 @@ LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
 save, with_draws, run_step = loop.save, setup.with_draws, loop.run_step
 
 
-def full_disk_after_first_save(run):
+def full_disk_after_first_save(run, saver):
     """From the second save on, no file may grow over 100 kB."""
-    save(run)
+    save(run, saver)
+    saver.settle()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, LIMITS[1]))
 
 
-def nan_weight_after_first_save(run):
-    save(run)
+def nan_weight_after_first_save(run, saver):
+    save(run, saver)
+    saver.settle()
     with torch.no_grad():
         run.networks[0].net.blocks["0"].ffn.linear_fc1.weight[0, 0] = torch.nan
 

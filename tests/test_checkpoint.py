@@ -19,7 +19,7 @@ from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder, load_network
 from rcm_mcore.config import parse_config
 from rcm_mcore.models import build_model
 from rcm_mcore.training.networks import make_trained
-from rcm_mcore.training.state import RunState, write_state
+from rcm_mcore.training.state import RunState, pieces_to_save, save_state
 
 CONFIG = parse_config(tiny.config("shards", "run", "distill", distill={"teacher": "teacher"}))
 MODEL = yaml.safe_load(yaml.safe_dump(tiny.MODEL | {"patch_size": [1, 2, 2]}))
@@ -186,7 +186,7 @@ def trained(mesh, tmp_path_factory):
         networks.append(one)
     folder = CheckpointFolder(tmp_path_factory.mktemp("trained") / "run")
     state = RunState(step=5, own_steps={"student": 3, "fake_score": 2}, data={})
-    folder.save(5, lambda path: write_state(path, networks, state, config=CONFIG, mesh=mesh), keep_last=1)
+    save_state(folder, pieces_to_save(networks, mesh), state, CONFIG)
     return folder.root, {one.name: dict(one.net.named_parameters()) for one in networks}
 
 
@@ -209,7 +209,7 @@ def test_reads_the_network_asked_for(trained, which):
 @pytest.mark.parametrize("which", ["student", "ema", "fake_score"])
 def test_loads_what_is_read(trained, fresh, mesh, which):
     tensors, _ = read_network(trained[0], which=which)
-    load_network(fresh, trained[0], which=which, dp_cp_group=mesh.groups.dp_cp)
+    load_network(fresh, trained[0], which=which)
     assert all(torch.equal(p, tensors[name]) for name, p in fresh.named_parameters())
 
 
@@ -238,7 +238,7 @@ def test_a_missing_network_is_named(trained, fresh, mesh, tmp_path):
         with pytest.raises(ValueError, match=f"holds no {which} network; it holds: student"):
             read_network(tmp_path / "net", which=which)
         with pytest.raises(ValueError, match=f"holds no {which} network; it holds: student"):
-            load_network(fresh, tmp_path / "net", which=which, dp_cp_group=mesh.groups.dp_cp)
+            load_network(fresh, tmp_path / "net", which=which)
 
 
 MISFITS = {
@@ -254,7 +254,7 @@ def test_a_network_that_does_not_fit_changes_nothing(trained, fresh, mesh, tmp_p
     write_network(tmp_path / "net", change(read_network(trained[0])[0]), MODEL)
     before = {name: p.clone() for name, p in fresh.named_parameters()}
     with pytest.raises(ValueError, match=message):
-        load_network(fresh, tmp_path / "net", which="student", dp_cp_group=mesh.groups.dp_cp)
+        load_network(fresh, tmp_path / "net", which="student")
     assert all(torch.equal(p, before[name]) for name, p in fresh.named_parameters())
 
 
@@ -314,7 +314,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(trained, fresh, mesh, tmp_path
             read(path)
     if "configuration" not in kind:
         with pytest.raises(ValueError, match=f"^{path}"):
-            load_network(fresh, path, which="student", dp_cp_group=mesh.groups.dp_cp)
+            load_network(fresh, path, which="student")
     assert not (path / "it ran").exists()
 
 
@@ -348,7 +348,7 @@ def test_the_exported_network_computes_the_same(trained, fresh, tmp_path, mesh):
     theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "hub" / "diffusion_pytorch_model.safetensors"))
     assert theirs.config.num_attention_heads == 2 and theirs.config.attention_head_dim == 24
     theirs.condition_embedder.timesteps_proj = oracle.Sinusoid(CONFIG.model.freq_dim)
-    load_network(fresh, trained[0], which="ema", dp_cp_group=mesh.groups.dp_cp)
+    load_network(fresh, trained[0], which="ema")
     x, _, s, _, condition = oracle.inputs(CONFIG.model, grid=(2, 4, 6), dtype=torch.float32)
     with torch.no_grad(), oracle.islands_in_fp64():
         want = theirs(hidden_states=x, timestep=1000 * s.double(), encoder_hidden_states=condition.text, return_dict=False)[0]

@@ -183,8 +183,11 @@ def test_a_checkpoint_survives_another_mesh_bit_for_bit(runs):
 def test_every_rank_learns_that_one_rank_could_not_write(runs):
     first, second = json.loads((runs / "errors.json").read_text())
     assert first == second and "\n" not in first
-    assert "the checkpoint of step 1 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
-    assert sorted(path.name for path in (runs / "unwritable").iterdir()) == ["events.jsonl", "log.jsonl"]
+    assert "the checkpoint of step 2 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
+    assert sorted(path.name for path in (runs / "unwritable").iterdir()) == [".lock", "events.jsonl", "log.jsonl"]
+    failed = [event for event in tiny.events(runs / "unwritable") if event["event"] == "save_failed"]
+    assert [event["saved_step"] for event in failed] == [1, 2]  # one is forgiven
+    assert all("rank 1: OSError: [Errno 27] File too large" in event["error"] for event in failed)
 
 
 def test_a_run_stops_on_every_rank_before_weights_are_touched(runs):

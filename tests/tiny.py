@@ -1,5 +1,7 @@
 """A run small enough for tests: random shards, a tiny network, and its configuration as a dictionary."""
 
+import json
+
 import torch
 import yaml
 
@@ -90,6 +92,8 @@ def differences(a, b):
 
 
 def log_lines(folder):
-    import json
-
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

@@ -332,7 +332,7 @@ def compare_export(out: Path, folder: Path) -> float:
     with local_mesh() as mesh, torch.no_grad():
         model = parse_model(model_of(out / "student"))
         net = build_model(model, mesh.config, mesh.groups, seed=None, trainable=False)
-        load_network(net, out / "student", which="ema", dp_cp_group=mesh.groups.dp_cp)
+        load_network(net, out / "student", which="ema")
         x = torch.randn(4, *LATENT, generator=generator).to(mesh.device)
         text = torch.randn(4, model.text_len, model.text_dim, generator=generator).to(mesh.device)
         s = torch.tensor([0.2, 0.5, 0.8, 0.95], device=mesh.device)

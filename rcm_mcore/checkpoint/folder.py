@@ -1,28 +1,31 @@
 """Where a run's checkpoints live: complete ones only, the newest found again, damage noticed.
 
-`root/step_000000500/` holds megatron's distributed checkpoint, `state.json` and `config.yaml`, and `manifest.json` with the
-size and CRC-32 of every other file. A checkpoint is filled under a hidden name and renamed when it is complete; `latest`,
-written last, names it.
+`root/step_000000500/` holds a distributed checkpoint, `state.json` and `config.yaml`, and `manifest.json` with the size and
+CRC-32 of every other file. A checkpoint is filled under a hidden name and renamed when it is complete; `latest`, written
+last, names it. An old one is renamed before it is removed. `.lock` keeps two runs out of one folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+import socket
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
 T = TypeVar("T")
+Entry = list[int]  # size and CRC-32 of a file
 
 
 class CheckpointError(RuntimeError):
@@ -30,10 +33,65 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Methods marked collective are called by every rank of the default group."""
+    """The checkpoints of one run. Methods marked collective are called by every rank of `group` (default: of all).
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+    A group of its own, over gloo, lets a thread save while others communicate. It must hold every rank.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> None:
+        self.root, self._ranks = Path(root), _Ranks(group)
+        self._lock: Any = None
+
+    def make(self, patience: float = 60.0) -> None:
+        """Collective: the folder is there and locked. Raises: ValueError on every rank when another run has locked it."""
+
+        def make() -> None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._take_lock(patience)
+
+        self._ranks.on_main(make, ValueError)
+
+    def lock_if_there(self, patience: float = 60.0) -> None:
+        """Collective: keep other runs out of this folder, if it exists, until this process ends.
+
+        What was killed may take a while to end: a lock is waited for `patience` seconds. Raises: ValueError on every rank.
+        """
+        self._ranks.on_main(lambda: self._take_lock(patience) if self.root.is_dir() else None, ValueError)
+
+    def unlock(self) -> None:
+        """Let other runs use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self, patience: float) -> None:
+        if self._lock is not None:
+            return
+        file = (self.root / ".lock").open("a+", encoding="utf-8")
+        end, told = time.monotonic() + patience, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "an unknown process"
+                if time.monotonic() >= end:
+                    file.close()
+                    raise ValueError(
+                        f"checkpoint.dir={self.root} is in use by {holder}: end that run, or use another checkpoint.dir"
+                    ) from None
+                if not told:
+                    log.warning("checkpoint.dir=%s is in use by %s: waiting for its end", self.root, holder)
+                told = True
+                time.sleep(min(1.0, patience))
+            except OSError as error:  # a file system without locks
+                log.warning("checkpoint.dir=%s cannot be locked (%s): see to it that one run uses it", self.root, error)
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were completed, oldest first."""
@@ -43,22 +101,36 @@ class CheckpointFolder:
         """Folder of the checkpoint of `step`."""
         return self.root / f"step_{step:09d}"
 
-    def save(self, step: int, fill: Callable[[Path], None], *, keep_last: int) -> Path:
-        """Collective: let every rank `fill` a new folder, then publish it and remove all but the newest `keep_last`.
+    def save(
+        self,
+        step: int,
+        fill: Callable[[Path], T],
+        finish: Callable[[Path, list[T]], Mapping[str, Entry]] | None = None,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+    ) -> Path:
+        """Collective: let every rank `fill` a new folder and rank 0 `finish` it, then publish it and remove old ones.
 
-        Those of later steps go too: they were passed over as damaged when the run was resumed. Raises CheckpointError on
-        every rank when any rank fails; the checkpoints that existed are then untouched.
+        `finish` gets what `fill` returned on each rank, and returns the size and CRC-32 of files whose ones are known; of the
+        others they are computed. The newest `keep_last` stay, and those of steps that `keep_every` divides. Those of later
+        steps go: they were passed over as damaged when the run was resumed. Raises CheckpointError on every rank when any
+        rank fails; the checkpoints that existed are then untouched.
         """
         final, partial = self.path(step), self.root / f".partial_step_{step:09d}"
         try:
-            _on_main(lambda: self._start(partial))
-            _on_every_rank(lambda: fill(partial))
-            names = _on_main(lambda: sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
-            parts = _on_every_rank(lambda: _describe(partial, _share(names)))
-            entries = {name: entry for part in parts for name, entry in part.items()}
-            _on_main(lambda: self._publish(partial, step, entries, keep_last=keep_last))
+            self._ranks.on_main(lambda: self._start(partial))
+            results = self._ranks.on_every_rank(lambda: fill(partial))
+
+            def publish() -> None:
+                entries = dict(finish(partial, results)) if finish is not None else {}
+                names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
+                entries |= {name: _describe(partial / name) for name in names if name not in entries}
+                self._publish(partial, step, entries, keep_last=keep_last, keep_every=keep_every)
+
+            self._ranks.on_main(publish)
         except CheckpointError as error:
-            if dist.get_rank() == 0:
+            if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = self.steps()
             usable = f"the checkpoint of step {kept[-1]} is untouched" if kept else "there is no earlier checkpoint"
@@ -69,34 +141,44 @@ class CheckpointFolder:
 
     def _start(self, partial: Path) -> None:
         """An empty folder to fill; what an interrupted save left behind goes."""
-        for left in self.root.glob(".partial_step_*"):
-            shutil.rmtree(left)
+        for pattern in (".partial_step_*", ".removed_step_*"):
+            for left in self.root.glob(pattern):
+                shutil.rmtree(left)
         partial.mkdir(parents=True)
 
-    def _publish(self, partial: Path, step: int, entries: dict[str, list[int]], *, keep_last: int) -> None:
+    def _publish(
+        self, partial: Path, step: int, entries: Mapping[str, Entry], *, keep_last: int, keep_every: int | None
+    ) -> None:
         """Turn a filled folder into the newest checkpoint."""
         _write_text(partial / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
         final = self.path(step)
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(step)
         os.replace(partial, final)
         _write_text(self.root / "latest", final.name)
         steps = self.steps()
-        later = [s for s in steps if s > step]
-        for old in later + [s for s in steps if s <= step][:-keep_last]:
-            shutil.rmtree(self.path(old))
+        old = [s for s in steps if s <= step][:-keep_last]
+        for s in [s for s in steps if s > step] + [s for s in old if not keep_every or s % keep_every]:
+            self._remove(s)
+
+    def _remove(self, step: int) -> None:
+        """Under another name first, so that half of one is never taken for a checkpoint."""
+        doomed = self.root / f".removed_step_{step:09d}"
+        os.replace(self.path(step), doomed)
+        shutil.rmtree(doomed)
 
     def newest(self) -> Path | None:
         """Collective: the newest checkpoint whose files are all there and unchanged, or None.
 
         A damaged one is reported as an error in the log and the one before it is taken.
         """
-        for step in _gather(self.steps()[::-1])[0]:
+        share = lambda names: names[self._ranks.rank :: self._ranks.size]
+        for step in self._ranks.gather(self.steps()[::-1])[0]:
             path = self.path(step)
-            problems = [p for p in _gather(_damage(path, _share)) if p]
+            problems = [p for p in self._ranks.gather(_damage(path, share)) if p]
             if not problems:
                 return path
-            if dist.get_rank() == 0:
+            if self._ranks.rank == 0:
                 log.error("checkpoint %s is damaged (%s): going back to the one before it", path, problems[0])
         return None
 
@@ -107,43 +189,50 @@ def check_files(path: Path) -> None:
         raise ValueError(f"{path} is damaged: {problem}")
 
 
-def _gather(value: Any) -> list[Any]:
-    """`value` of every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+class _Ranks:
+    """What ranks tell each other about what they did."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def on_every_rank(self, action: Callable[[], T], kind: type[Exception] | None = None) -> list[T]:
+        """What `action` returns on each rank; an error on all of them, naming the first that failed, if any fails.
+
+        It is a CheckpointError, or a `kind` if the failure was one.
+        """
+        result, reason, expected = None, "", False
+        try:
+            result = action()
+        except Exception as error:
+            expected = kind is not None and isinstance(error, kind)
+            reason = str(error) if expected else f"rank {self.rank}: {type(error).__name__}: {error}"
+        outcomes = self.gather((result, reason, expected))
+        for _, failed, is_kind in outcomes:
+            if failed:
+                raise (kind if is_kind and kind is not None else CheckpointError)(failed)
+        return [value for value, _, _ in outcomes]
+
+    def on_main(self, action: Callable[[], T], kind: type[Exception] | None = None) -> T:
+        """What `action` returns on rank 0, the only one to do it, told to every rank."""
+        return self.on_every_rank(lambda: action() if self.rank == 0 else None, kind)[0]  # type: ignore[return-value]
 
 
-def _on_every_rank(action: Callable[[], T]) -> list[T]:
-    """What `action` returns on each rank; CheckpointError on all of them, naming the first that failed, if any fails."""
-    result, reason = None, ""
-    try:
-        result = action()
-    except CheckpointException as error:  # a BaseException; rank 0 knows who failed, the others only that someone did
-        failures = {rank: failure for rank, (failure, _) in error.failures.items()} or {dist.get_rank(): error}
-        reason = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
-    except Exception as error:
-        reason = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    outcomes = _gather((result, reason))
-    for _, failed in outcomes:
-        if failed:
-            raise CheckpointError(failed)
-    return [value for value, _ in outcomes]
-
-
-def _on_main(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, the only one to do it, told to every rank."""
-    return _on_every_rank(lambda: action() if dist.get_rank() == 0 else None)[0]  # type: ignore[return-value]
-
-
-def _share(names: list[str]) -> list[str]:
-    """This rank's part of the files."""
-    return names[dist.get_rank() :: dist.get_world_size()]
-
-
-def _describe(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """Size and CRC-32 by name."""
-    return {name: [(folder / name).stat().st_size, _crc32(folder / name)] for name in names}
+def _describe(path: Path) -> Entry:
+    return [path.stat().st_size, _crc32(path)]
 
 
 def _crc32(path: Path) -> int:

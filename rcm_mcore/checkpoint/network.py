@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import yaml
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rcm_mcore.checkpoint.folder import check_files
-from rcm_mcore.interop.dcp import open_folder, read_index, write_folder
+from rcm_mcore.interop.dcp import Pieces, open_folder, read_index, read_pieces, write_folder
 from rcm_mcore.interop.files import Counter, Progress
 from rcm_mcore.interop.lazy import LazyTensor, Weight, loaded
-from rcm_mcore.parallel.cpu import write_checkpoints_in_process
-from rcm_mcore.parallel.mesh import init_distributed
 
 Which = Literal["student", "ema", "fake_score"]
 PREFIX: dict[str, str] = {"student": "student.", "ema": "ema.student.", "fake_score": "fake_score."}
@@ -127,9 +121,6 @@ def write_network(
         return LazyTensor(weight.shape, weight.dtype, load)
 
     try:
-        write_checkpoints_in_process()
-        with _process_group():
-            dist_checkpointing.save({}, str(partial))  # all but the tensors, which it would want all at once
         write_folder(partial, {PREFIX["student"] + name: counted(weight) for name, weight in tensors.items()})
         (partial / "config.yaml").write_text(yaml.safe_dump({"model": dict(model)}, sort_keys=False))
         partial.rename(path)
@@ -138,42 +129,22 @@ def write_network(
         raise
 
 
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """A default process group, of this process alone if there is none."""
-    fresh = not dist.is_initialized()
-    init_distributed()
-    try:
-        yield
-    finally:
-        if fresh:
-            dist.destroy_process_group()
-
-
 @torch.no_grad()
-def load_network(net: Any, path: str | Path, *, which: Which, dp_cp_group: dist.ProcessGroup) -> None:
-    """Collective: load one network of a checkpoint into `net` (its shards on its mesh), cast to the dtype of `net`.
+def load_network(net: Any, path: str | Path, *, which: Which) -> None:
+    """Load one network of a checkpoint into `net` (its part on its mesh), cast to the dtype of `net`.
 
-    `net` has `sharded_state_dict`. Raises ValueError when names or shapes differ, before anything is changed.
+    `net` has `pieces` and `is_of_another_stage`. Raises ValueError when names or shapes differ, before anything is changed.
     """
     path = resolve(path)
     stored = _entries(path, which)
-    wanted: dict[str, ShardedTensor] = net.sharded_state_dict(prefix="", metadata={"dp_cp_group": dp_cp_group})
+    wanted: dict[str, Pieces] = net.pieces()
     missing = sorted(wanted.keys() - stored.keys())
     unknown = sorted(name for name in stored.keys() - wanted.keys() if not net.is_of_another_stage(name))
     if missing or unknown:
         raise ValueError(f"{path} does not fit the network: missing {missing[:20]}, unknown {unknown[:20]}")
-    for name, tensor in wanted.items():
-        if tuple(stored[name].size) != tuple(tensor.global_shape):
+    for name, (size, _) in wanted.items():
+        if stored[name].size != size:
             raise ValueError(
-                f"{path} does not fit the network: {name} is {list(stored[name].size)}, "
-                f"the network has {list(tensor.global_shape)}"
+                f"{path} does not fit the network: {name} is {list(stored[name].size)}, the network has {list(size)}"
             )
-    params = {name: tensor.data for name, tensor in wanted.items()}
-    for name, tensor in wanted.items():
-        tensor.key = PREFIX[which] + name
-        tensor.data = torch.empty_like(params[name], dtype=stored[name].properties.dtype, requires_grad=False)
-        tensor.dtype = tensor.data.dtype
-    loaded = dist_checkpointing.load(wanted, str(path))
-    for name, param in params.items():
-        param.copy_(loaded[name])
+    read_pieces(path, {PREFIX[which] + name: pieces for name, pieces in wanted.items()})

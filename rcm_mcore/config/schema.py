@@ -142,11 +142,18 @@ class CheckpointConfig:
 
     dir: str
     every: int = 500  # optimizer steps between saves; the last step is always saved
-    keep_last: int = 2
+    keep_last: int = 2  # the newest so many are kept
+    keep_every: int | None = None  # and those of steps that this divides (a multiple of `every`)
+    asynchronous: bool = True  # write while training goes on, from a copy in host memory; false: training waits, no copy
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}, "
+                "the steps that are saved"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

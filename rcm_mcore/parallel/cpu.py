@@ -1,14 +1,12 @@
 """megatron-core 0.16 on CPU: everything it takes for granted about CUDA, answered for gloo.
 
 megatron-core allocates with device="cuda", asks for current streams and devices, and asserts CUDA tensor types in its
-optimizers. Without a GPU, `install` answers these questions with their CPU meaning; with one it does nothing. Also here,
-for both platforms: `write_checkpoints_in_process`, for the checkpoint writer of 0.16.
+optimizers. Without a GPU, `install` answers these questions with their CPU meaning; with one it does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
 from typing import Any
 
 import torch
@@ -88,14 +86,3 @@ def install() -> None:
     rng._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     _mode = _CudaMeansCpu()
     _mode.__enter__()
-
-
-def write_checkpoints_in_process() -> None:
-    """Let the checkpoint writer of 0.16 hand its results back through a plain queue instead of a spawned manager.
-
-    The spawned manager imports `__main__` again (about 3 s a save) and was seen to hang with several ranks; a
-    multiprocessing queue is read before its feeder thread has written. Right for saves that block, the only ones we make.
-    """
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
-
-    writer._get_write_results_queue = queue.Queue

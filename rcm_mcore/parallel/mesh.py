@@ -30,6 +30,7 @@ class Mesh:
     device: torch.device
     embedders_gloo_group: dist.ProcessGroup  # groups.expt_dp over gloo
     results_group: dist.ProcessGroup  # the pipeline ranks again, for what the last of them tells the others
+    checkpoint_group: dist.ProcessGroup  # all ranks over gloo, for the threads that write checkpoints
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
@@ -128,7 +129,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     # are the embedders, which every pipeline stage holds (stack.md 5).
     groups.expt_dp, gloo = _holders_of_embedders(config)
     groups.intra_expt_dp = groups.expt_dp
-    return Mesh(config, groups, device, gloo, _results_group(config))
+    timeout = timedelta(minutes=config.timeout_minutes)
+    writers = dist.new_group(list(range(dist.get_world_size())), timeout=timeout, backend="gloo")
+    return Mesh(config, groups, device, gloo, _results_group(config), writers)
 
 
 def _holders_of_embedders(config: MeshConfig) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

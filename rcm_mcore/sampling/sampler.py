@@ -65,7 +65,7 @@ class Sampler:
         self._network: Network | None = None
         try:
             net = build_model(self.model, resolved, self.mesh.groups, seed=None, trainable=False)
-            load_network(net, config.checkpoint, which=config.which, dp_cp_group=self.mesh.groups.dp_cp)
+            load_network(net, config.checkpoint, which=config.which)
             self._network = as_function(net, self.mesh)
             self._negative = self._load_negative()
         except BaseException:

@@ -22,8 +22,8 @@ Keys of a line, always all of them (null where the phase has none):
     samples_per_second of the global batch
     memory_gib         peak GPU memory of rank 0 so far; null on CPU
 
-What is not a step (started, resumed, a slow rank, ...) is a line of `events.jsonl`: `time` (seconds since 1970), `step` (the last
-one done), `event` (what it is), and what there is to say of it. Nothing is ever removed from that file.
+What is not a step (started, resumed, saved, a slow rank, ...) is a line of `events.jsonl`: `time` (seconds since 1970), `step`
+(the last one done), `event` (what it is), and what there is to say of it. Nothing is ever removed from that file.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RunLog:
         unknown = values.keys() - set(KEYS)
         assert not unknown, f"log keys without a documented meaning: {sorted(unknown)}"
         line = {key: values.get(key) for key in KEYS}
-        self._step = line["step"]
+        self._step = values["step"]
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         shown = {k: f"{line[k]:.4g}" for k in ("loss", "g_norm", "grad_norm", "seconds") if line[k] is not None}

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from rcm_mcore.config import Config
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
+from rcm_mcore.training.saver import Saver
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
 from rcm_mcore.training.signals import StopRequest
-from rcm_mcore.training.state import write_state
 from rcm_mcore.training.step import StepBatch, run_step
 
 log = logging.getLogger(__name__)
@@ -42,45 +42,49 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
     run_log.event("resumed" if run.state.step else "started", of=total, ranks=dist.get_world_size())
     if run.state.step and run.mesh.is_main:
         log.info("resuming after step %d of %d", run.state.step, total)
+    saver = Saver(run.folder, run.networks, config=config, mesh=run.mesh, report=run_log.event)
     try:
         with run.loader:
             while run.state.step < total:
-                received = _signal_of_any_rank(stop)
+                received, save_failed = _agreed(stop, saver)
+                if save_failed:
+                    saver.settle()
                 if received:
                     break
                 _step(run, run_log)
+                saver.note_finished()
                 if run.state.step % config.checkpoint.every == 0 or run.state.step == total:
-                    save(run)
+                    save(run, saver)
                     saved = run.state.step
             if run.state.step > saved:
-                save(run)
+                save(run, saver)
+            saver.settle(last=True)
             if run.state.step < total and run.mesh.is_main:
                 run_log.event("stopped", signal=received)
                 log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
     finally:
+        saver.close()
+        run.folder.unlock()
         run_log.close()
     return run
 
 
-def save(run: Run) -> None:
-    """Collective: write a checkpoint of the state after `run.state.step` steps."""
+def save(run: Run, saver: Saver) -> None:
+    """Collective: begin to save the state after `run.state.step` steps."""
     run.state = replace(run.state, own_steps={t.name: t.steps for t in run.networks}, data=gather_data_state(run))
-    run.folder.save(
-        run.state.step,
-        lambda path: write_state(path, run.networks, run.state, config=run.config, mesh=run.mesh),
-        keep_last=run.config.checkpoint.keep_last,
-    )
+    saver.save(run.state)
 
 
-def _signal_of_any_rank(stop: StopRequest | None) -> str | None:
-    """Collective: the name of the signal that asked some rank to stop, or None; the same on every rank.
+def _agreed(stop: StopRequest | None, saver: Saver) -> tuple[str | None, bool]:
+    """Collective, the same on every rank: the name of the signal that asked some rank to stop, and whether a save has failed.
 
     A signal reaches ranks in different steps, or only some of them, and all must save after the same one. The exchange is over
     gloo, so that no GPU is waited for.
     """
-    number = torch.tensor(stop.received if stop is not None else 0)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return signal.Signals(int(number)).name if number else None
+    flags = torch.tensor([stop.received if stop is not None else 0, int(saver.has_failed)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    number, save_failed = flags.tolist()
+    return signal.Signals(number).name if number else None, bool(save_failed)
 
 
 def _step(run: Run, run_log: RunLog) -> None:

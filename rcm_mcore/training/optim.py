@@ -1,13 +1,11 @@
 """AdamW without a first moment, sharded over the data-parallel ranks, with the EMA of the master weights in its state.
 
 With beta1 = 0 (method.md 5) the first moment of Adam is the gradient itself, so it is not stored: 4 bytes a parameter saved
-for every trained network. The EMA takes its place in megatron's sharded checkpoint code, which knows three tensors a
-parameter.
+for every trained network.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from rcm_mcore.config import OptimConfig
+from rcm_mcore.interop.dcp import Pieces, boxes_of_range
 from rcm_mcore.parallel.mesh import Mesh
 
 
@@ -71,11 +70,7 @@ def _at_a_time(params: list[Tensor], elements: int = 1 << 26) -> Iterator[list[T
 
 
 class ShardedOptimizer(DistributedOptimizer):
-    """megatron's DistributedOptimizer around AdamWNoMomentum, with the EMA and its own handling of scalar state.
-
-    Its checkpoint holds the float32 master weights, the second moments and, under `ema.`, the EMA: full tensors by
-    parameter name, whatever the mesh.
-    """
+    """megatron's DistributedOptimizer around AdamWNoMomentum, with the EMA; it hands out its state for checkpoints itself."""
 
     has_ema: bool
 
@@ -100,43 +95,30 @@ class ShardedOptimizer(DistributedOptimizer):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def state_dict(self) -> dict[str, Any]:
-        """The groups without their parameters (learning rate, step count, ...)."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"optimizer": {"param_groups": groups}}
+    def pieces(self) -> dict[Tensor, dict[str, Pieces]]:
+        """This rank's elements of every parameter of which it has some: `param` (float32), `exp_avg_sq`, and the EMA as `ema`.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Groups, and the parameter state if it is there, from a loaded checkpoint."""
-        for group, saved in zip(self.optimizer.param_groups, state_dict["optimizer"]["param_groups"], strict=True):
-            group.update({k: v for k, v in saved.items() if k != "params"})
-        if "param_state" in state_dict:
-            assert state_dict["param_state_sharding_type"] == "fully_reshardable", "the only form that we save"
-            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+        Pieces of the parameter as this tensor-parallel rank holds it. They share memory with the state.
+        """
+        found = {}
+        for param in self.model_param_group_index_map:
+            owned = self._get_model_param_range_map(param)["param"]
+            main, state = self._main_and_state(param)
+            boxes = list(boxes_of_range(tuple(param.shape), owned.start, owned.end))
+            sizes = [math.prod(shape) for _, shape in boxes]
+            found[param] = {
+                kind: Pieces(
+                    param.shape,
+                    tuple((at, x.view(shape)) for (at, shape), x in zip(boxes, flat.detach().view(-1).split(sizes))),
+                )
+                for kind, flat in {"param": main, **state}.items()
+            }
+        return found
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        """As megatron's, with the EMA keyed `ema.` + parameter name in the place of the first moment."""
-        state = super().sharded_state_dict(*args, **kwargs)
-        for tensors in (state["param_state"] or {}).values():
-            if self.has_ema:
-                key = tensors["exp_avg"].key.replace("optimizer.state.exp_avg.", "ema.")
-                tensors["exp_avg"] = dataclasses.replace(tensors["exp_avg"], key=key)
-            else:
-                tensors.pop("exp_avg")
-        return state
-
-    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
-        main, state = self._main_and_state(model_param)
-        # megatron gathers three tensors by these names; without an EMA the third is a zero that takes no memory.
-        ema = state["ema"] if self.has_ema else torch.zeros((), device=main.device).expand_as(main)
-        return {"param": main, "exp_avg": ema, "exp_avg_sq": state["exp_avg_sq"]}
-
-    @torch.no_grad()
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        main, state = self._main_and_state(model_param)
-        main.copy_(tensors["param"])
-        state["exp_avg_sq"].copy_(tensors["exp_avg_sq"])
-        if self.has_ema:
-            state["ema"].copy_(tensors["exp_avg"])
+    def set_steps(self, steps: int) -> None:
+        """How many updates there have been: the bias correction of the second moment depends on it."""
+        for group in self.optimizer.param_groups:
+            group["step"] = steps
 
     def _main_and_state(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         group, order = self.model_param_group_index_map[model_param]
@@ -188,17 +170,14 @@ class NetworkOptimizer:
         for part in self.parts.values():
             part.update_ema(beta)
 
-    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> dict[str, Any]:
-        """megatron's sharded view of the state, by part; `weights`: that of the network."""
-        return {
-            name: part.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-            for name, part in self.parts.items()
-        }
+    def pieces(self) -> dict[Tensor, dict[str, Pieces]]:
+        """This rank's part of the state, by parameter (see ShardedOptimizer.pieces)."""
+        return {param: kinds for part in self.parts.values() for param, kinds in part.pieces().items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a loaded checkpoint."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+    def set_steps(self, steps: int) -> None:
+        """How many updates there have been."""
+        for part in self.parts.values():
+            part.set_steps(steps)
 
 
 def make_optimizer(

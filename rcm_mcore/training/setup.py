@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from rcm_kernels import backends, use_backends
@@ -76,15 +77,8 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     ) as loader:
         sample = next(loader)
     parameters = count_parameters(config)
-    root = Path(config.checkpoint.dir)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"checkpoint.dir={root} is a file: give a folder, which is made if it is not there")
-    needed, free = checkpoint_bytes(config), free_bytes(root)
-    if needed > free:
-        raise ValueError(
-            f"checkpoint.dir={config.checkpoint.dir} has {free / 2**30:.1f} GiB free; one checkpoint needs about "
-            f"{needed / 2**30:.1f} GiB and a new one is complete before an old one goes"
-        )
+    needed = checkpoint_bytes(config)
+    free = check_output(config, needed, world_size)
     return {
         "data_parallel_size": dp,
         "tokens_per_sample": tokens,
@@ -165,11 +159,30 @@ def checkpoint_bytes(config: Config) -> int:
     return count_parameters(config) * (networks * (width + 8) + ema)
 
 
-def free_bytes(folder: Path) -> int:
-    """Free space where `folder` is or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def check_output(config: Config, needed: int, world_size: int) -> int:
+    """Bytes free where checkpoints go. ValueError where they cannot be written, or a copy of the state has no room here."""
+    root = Path(config.checkpoint.dir)
+    there = root
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"checkpoint.dir={root}: {there} is a file; give a folder, which is made if it is not there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"checkpoint.dir={root}: {there} cannot be written (read-only, or not yours): choose another place")
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"checkpoint.dir={root} has {free / 2**30:.1f} GiB free; one checkpoint needs about {needed / 2**30:.1f} GiB and a "
+            "new one is complete before an old one goes"
+        )
+    copies = needed * min(ranks_per_node(), world_size) / world_size
+    available = psutil.virtual_memory().available
+    if config.checkpoint.asynchronous and copies > available:
+        raise ValueError(
+            f"checkpoint.asynchronous=true copies {copies / 2**30:.1f} GiB of state to this machine's memory, of which "
+            f"{available / 2**30:.1f} GiB are available: set checkpoint.asynchronous=false, or use more machines"
+        )
+    return free
 
 
 def negative(config: Config) -> Tensor:
@@ -201,11 +214,10 @@ def check_teacher(config: Config) -> None:
 def set_up(config: Config) -> Run:
     """Collective: build the run and resume it if `checkpoint.dir` holds a usable checkpoint."""
     mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[0])
-    folder = CheckpointFolder(config.checkpoint.dir)
+    folder = CheckpointFolder(config.checkpoint.dir, mesh.checkpoint_group)
+    folder.lock_if_there()
     resume_from = folder.newest()
-    load_teacher = partial(
-        load_network, path=config.distill.teacher, which=config.distill.teacher_weights, dp_cp_group=mesh.groups.dp_cp
-    )
+    load_teacher = partial(load_network, path=config.distill.teacher, which=config.distill.teacher_weights)
     networks, roles, trained = build_networks(config, mesh, resuming=resume_from is not None, load_teacher=load_teacher)
     state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
     if resume_from is not None:
@@ -223,8 +235,7 @@ def set_up(config: Config) -> Run:
     )
     if resume_from is not None:
         loader.load_state_dict(state.data)
-    if mesh.is_main:  # last, so that a run that cannot start leaves nothing behind
-        folder.root.mkdir(parents=True, exist_ok=True)
+    folder.make()  # last, so that a run that cannot start leaves nothing behind
     return Run(
         config=config, mesh=mesh, roles=roles, trained=trained, networks=networks, loader=loader, folder=folder, state=state
     )

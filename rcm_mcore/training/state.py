@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
+from torch import Tensor
 
-from rcm_mcore.checkpoint import config_of
+from rcm_mcore.checkpoint import CheckpointFolder, config_of
 from rcm_mcore.config import Config, parse_model, to_yaml
-from rcm_mcore.parallel.cpu import write_checkpoints_in_process
+from rcm_mcore.interop.dcp import Pieces, Share, read_pieces, write_index, write_share
+from rcm_mcore.models.common.parameters import full_shape, offset_of, on_every_stage, tensor_parallel_dim
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.networks import Trained
 
@@ -26,14 +28,53 @@ class RunState:
     wandb_id: str | None = None
 
 
-def write_state(path: Path, trained: list[Trained], state: RunState, *, config: Config, mesh: Mesh) -> None:
-    """Collective: fill the folder of a checkpoint (weights, master weights, second moments, EMA, counters)."""
-    write_checkpoints_in_process()
-    sharded = _sharded(trained, mesh, is_loading=False)
-    dist_checkpointing.save(sharded, str(path), content_metadata=_metadata(mesh, plain=True))
-    if mesh.is_main:
+def pieces_to_save(trained: list[Trained], mesh: Mesh) -> dict[str, Pieces]:
+    """By key, what this rank writes of the weights and of the optimizers' state: every element is some rank's, and one's alone.
+
+    They share memory with the run. Keys: `student.` + parameter, `optimizer.state.param.student.` + parameter (float32),
+    `optimizer.state.exp_avg_sq.student.`..., `ema.student.`...; likewise for `fake_score`.
+    """
+    found: dict[str, Pieces] = {}
+    for one in trained:
+        state = one.optimizer.pieces()
+        for i, (name, param) in enumerate(one.net.named_parameters()):
+            if tensor_parallel_dim(param) is None and mesh.tp_group.rank():
+                continue  # the first tensor-parallel rank's copy is saved
+            holders = mesh.groups.expt_dp if on_every_stage(param) else mesh.groups.dp_cp
+            if i % holders.size() == holders.rank():
+                found[f"{one.name}.{name}"] = _piece(param, mesh, Pieces(param.shape, (((0,) * param.ndim, param.detach()),)))
+            for kind, pieces in state.get(param, {}).items():
+                found[_key(kind, one.name, name)] = _piece(param, mesh, pieces)
+    return found
+
+
+def _key(kind: str, network: str, name: str) -> str:
+    return f"ema.{network}.{name}" if kind == "ema" else f"optimizer.state.{kind}.{network}.{name}"
+
+
+def _piece(param: Tensor, mesh: Mesh, pieces: Pieces) -> Pieces:
+    """Pieces of this rank's part of a parameter as pieces of the whole."""
+    start = offset_of(param, mesh.tp_group)
+    parts = tuple((tuple(a + b for a, b in zip(start, offset)), part) for offset, part in pieces.parts)
+    return Pieces(full_shape(param, mesh.tp_group), parts)
+
+
+def save_state(folder: CheckpointFolder, pieces: dict[str, Pieces], state: RunState, config: Config) -> None:
+    """Collective over the folder's group: write a checkpoint of what `pieces_to_save` gave, or of copies of it.
+
+    Raises: CheckpointError on every rank.
+    """
+
+    def finish(path: Path, shares: list[Share]) -> dict[str, list[int]]:
+        write_index(path, shares)
         (path / "state.json").write_text(json.dumps(asdict(state)))
         (path / "config.yaml").write_text(to_yaml(config))
+        return {share.file: [share.bytes, share.crc] for share in shares}
+
+    keep = config.checkpoint
+    name = f"__{dist.get_rank()}_0.distcp"
+    fill = lambda path: write_share(path, name, pieces.items())
+    folder.save(state.step, fill, finish, keep_last=keep.keep_last, keep_every=keep.keep_every)
 
 
 def read_state(path: Path, trained: list[Trained], *, config: Config, mesh: Mesh) -> RunState:
@@ -65,31 +106,14 @@ def read_state(path: Path, trained: list[Trained], *, config: Config, mesh: Mesh
             f"checkpoint.dir={config.checkpoint.dir} holds a run that trains {sorted(state.own_steps)}, "
             f"this one trains {sorted(t.name for t in trained)}: use another checkpoint.dir"
         )
-    loaded = dist_checkpointing.load(_sharded(trained, mesh, is_loading=True), str(path))
+    wanted: dict[str, Pieces] = {}
     for one in trained:
-        params = dict(one.net.named_parameters())
-        for name, value in loaded[one.name].items():
-            params[name].data.copy_(value)
-        one.optimizer.load_state_dict(loaded[f"optimizer_{one.name}"])
+        owned = one.optimizer.pieces()
+        wanted |= {f"{one.name}.{name}": pieces for name, pieces in one.net.pieces().items()}
+        for name, param in one.net.named_parameters():
+            wanted |= {_key(kind, one.name, name): _piece(param, mesh, p) for kind, p in owned.get(param, {}).items()}
+    read_pieces(path, wanted)
+    for one in trained:
         one.steps = state.own_steps[one.name]
+        one.optimizer.set_steps(one.steps)
     return state
-
-
-def _sharded(trained: list[Trained], mesh: Mesh, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata(mesh)
-    sharded: dict[str, Any] = {}
-    for one in trained:
-        weights = one.net.sharded_state_dict(prefix=f"{one.name}.", metadata=metadata)
-        state = one.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-        sharded[one.name] = {key.removeprefix(f"{one.name}."): tensor for key, tensor in weights.items()}
-        sharded[f"optimizer_{one.name}"] = state
-    return sharded
-
-
-def _metadata(mesh: Mesh, *, plain: bool = False) -> dict[str, Any]:
-    """How megatron lays the optimizer's state out; `plain` leaves out what cannot be stored."""
-    metadata: dict[str, Any] = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,  # gathered by one rank, on the host
-    }
-    return metadata if plain else metadata | {"dp_cp_group": mesh.groups.dp_cp}

@@ -22,9 +22,10 @@ from rcm_mcore import dual
 from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, ModelConfig, chunks_of_stages, tokens_per_sample
 from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
+from rcm_mcore.interop.dcp import Pieces
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.blocks import BlockStack, Conditioning
-from rcm_mcore.models.common.parameters import sharded_parameters
+from rcm_mcore.models.common.parameters import pieces
 from rcm_mcore.parallel.sequence import gather_sequence, scatter_sequence
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -180,12 +181,9 @@ class DiffusionTransformer(MegatronModule):
             x = gather_sequence(x, self.tp_group)
         return gather_sequence(x, self.cp_group)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """megatron's sharded view of the parameters, keyed `prefix` + name, the same for every mesh."""
-        assert not sharded_offsets and metadata is not None, "this network is the root of its state"
-        return sharded_parameters(self, prefix, groups=self.groups, dp_cp_group=metadata["dp_cp_group"])
+    def pieces(self) -> dict[str, Pieces]:
+        """This rank's part of every parameter by name; names and full tensors are the same for every mesh."""
+        return pieces(self, self.groups.tp)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by megatron's schedules: what the stage before sent; nothing on the first stage."""

@@ -1,16 +1,15 @@
-"""Parameters of a network under any mesh: initialization by name, sharded state, loading of full tensors."""
+"""Parameters of a network under any mesh: initialization by name, full tensors, what of it this rank has."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+
+from rcm_mcore.interop.dcp import Pieces
 
 
 def tensor_parallel_dim(param: Tensor) -> int | None:
@@ -76,15 +75,12 @@ def load_full(net: nn.Module, tensors: Mapping[str, Tensor], group: dist.Process
         param.copy_(local_shard(tensors[name], param, group))
 
 
-def sharded_parameters(
-    net: nn.Module, prefix: str, *, groups: ProcessGroupCollection, dp_cp_group: dist.ProcessGroup
-) -> dict[str, Any]:
-    """Every parameter as megatron's ShardedTensor under `prefix` + its name (so independent of the mesh)."""
-    params = dict(net.named_parameters())
-    dims = {name: dim for name, p in params.items() if (dim := tensor_parallel_dim(p)) is not None}
-    state = make_sharded_tensors_for_checkpoint(params, prefix, dims, (), tp_group=groups.tp, dp_cp_group=dp_cp_group)
-    for name, param in params.items():
-        if on_every_stage(param):  # the first stage's copy is stored
-            tensor = state[prefix + name]
-            tensor.replica_id = (groups.pp.rank(), *tensor.replica_id[1:])
-    return state
+def pieces(net: nn.Module, group: dist.ProcessGroup) -> dict[str, Pieces]:
+    """Every parameter by name as this rank's part of the full tensor, which is the same for every mesh."""
+    return {name: Pieces(full_shape(p, group), ((offset_of(p, group), p.data),)) for name, p in net.named_parameters()}
+
+
+def offset_of(param: Tensor, group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Where this rank's part of the full tensor of `param` begins."""
+    split = tensor_parallel_dim(param)
+    return tuple(group.rank() * size if dim == split else 0 for dim, size in enumerate(param.shape))

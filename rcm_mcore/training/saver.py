@@ -1,0 +1,193 @@
+"""Checkpoints written behind the training: the state is copied to the host, and a thread writes the copy."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder
+from rcm_mcore.config import Config
+from rcm_mcore.interop.dcp import Pieces
+from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.training.networks import Trained
+from rcm_mcore.training.state import RunState, pieces_to_save, save_state
+
+log = logging.getLogger(__name__)
+_ALIGNMENT = 64
+
+
+@dataclass
+class _Save:
+    """One that is being written, or was. `stalled`: seconds that training stood still for it."""
+
+    step: int
+    gib: float
+    stalled: float
+    seconds: float = 0.0  # from its begin to its end
+    error: CheckpointError | None = None
+
+
+class Saver:
+    """Saves a run's state, at most one checkpoint at a time.
+
+    With checkpoint.asynchronous training goes on as soon as the state is copied to the host, and a thread of every rank writes
+    it; these threads talk to each other over the folder's own process group. A save that fails is reported, and the run goes on
+    to the next one; the second in a row ends it, and so does a last one.
+
+    Args:
+        report: called with an event's name and facts (RunLog.event).
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        networks: list[Trained],
+        *,
+        config: Config,
+        mesh: Mesh,
+        report: Callable[..., None],
+    ) -> None:
+        self._folder, self._networks, self._config, self._mesh, self._report = folder, networks, config, mesh, report
+        self._thread: threading.Thread | None = None
+        self._save: _Save | None = None
+        self._failed_before = False
+        self._host = None
+        if config.checkpoint.asynchronous:
+            self._host = _HostRoom(pieces_to_save(networks, mesh))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save at hand has failed: then `settle` is to be called on every rank."""
+        return self._save is not None and self._save.error is not None
+
+    def save(self, state: RunState) -> float:
+        """Collective: begin to save the state of the networks; returns the seconds that this took.
+
+        The save before is waited for. Raises: CheckpointError on every rank (see `settle`).
+        """
+        start = time.perf_counter()
+        waited = self._thread is not None and self._thread.is_alive()
+        self.settle()
+        if waited:
+            log.warning(
+                "step %d: the checkpoint before was not written yet, training waited %.1f s for it: raise checkpoint.every=%d",
+                state.step, time.perf_counter() - start, self._config.checkpoint.every,
+            )  # fmt: skip
+        pieces = pieces_to_save(self._networks, self._mesh)
+        size = sum(part.nbytes for one in pieces.values() for _, part in one.parts)
+        self._save = _Save(state.step, size / 2**30, 0.0)
+        if self._host is None:
+            self._write(self._save, pieces, state, start)
+        else:
+            pieces = self._host.copy(pieces)
+            # A daemon: a process that ends on an error elsewhere does not wait for it.
+            self._thread = threading.Thread(
+                target=self._write, args=(self._save, pieces, state, start), name="checkpoint-writer", daemon=True
+            )
+            self._thread.start()
+        self._save.stalled = time.perf_counter() - start
+        return self._save.stalled
+
+    def _write(self, save: _Save, pieces: dict[str, Pieces], state: RunState, start: float) -> None:
+        error: CheckpointError | None = None
+        try:
+            save_state(self._folder, pieces, state, self._config)
+        except CheckpointError as failure:
+            error = failure
+        except BaseException as failure:  # of communication: whoever waits for this thread must hear of it
+            error = CheckpointError(f"the checkpoint of step {save.step} was given up: {type(failure).__name__}: {failure}")
+        save.seconds, save.error = time.perf_counter() - start, error
+
+    def note_finished(self) -> None:
+        """Report a save that has succeeded meanwhile; waits for nothing."""
+        if self._save is not None and not self.has_failed and (self._thread is None or not self._thread.is_alive()):
+            self.settle()
+
+    def settle(self, *, last: bool = False) -> None:
+        """Wait for the save at hand, if there is one, and report how it ended.
+
+        Raises: CheckpointError, on every rank that calls, if it failed and the one before did, or it is the `last` one.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        save, self._save, self._thread = self._save, None, None
+        if save is None:
+            return
+        if save.error is None:
+            self._failed_before = False
+            self._report("saved", saved_step=save.step, gib=save.gib, stalled_seconds=save.stalled, seconds=save.seconds)
+            return
+        self._report("save_failed", saved_step=save.step, error=str(save.error))
+        if last or self._failed_before:
+            raise save.error
+        self._failed_before = True
+        if self._mesh.is_main:
+            log.error("%s. The run goes on, and ends if the next save fails too", save.error)
+
+    def close(self) -> None:
+        """Wait for the save at hand, whatever comes of it, and let go of the host's memory."""
+        try:
+            self.settle()
+        except CheckpointError as error:
+            if self._mesh.is_main:
+                log.error("%s", error)
+        if self._host is not None:
+            self._host.close()
+
+
+class _HostRoom:
+    """Host memory for one copy of this rank's pieces, page-locked where they come from a GPU."""
+
+    def __init__(self, pieces: dict[str, Pieces]) -> None:
+        parts = [part for one in pieces.values() for _, part in one.parts]
+        self._room = torch.empty(sum(map(_padded, parts)), dtype=torch.uint8, device="cpu")
+        self._is_locked = False
+        if parts and parts[0].is_cuda:
+            # Of exactly this size, which torch's pinned allocator would round up to a power of two.
+            code = _cudart().cudaHostRegister(self._room.data_ptr(), self._room.numel(), 0)
+            self._is_locked = int(code) == 0
+            if not self._is_locked:
+                log.warning("%.1f GiB of host memory could not be page-locked (%s): saves stall longer", _gib(self._room), code)
+
+    def copy(self, pieces: dict[str, Pieces]) -> dict[str, Pieces]:
+        """The pieces' values now. Valid until the next copy."""
+        used = 0
+        on_gpu = False
+
+        def room(part: torch.Tensor) -> torch.Tensor:
+            nonlocal used, on_gpu
+            place = self._room[used : used + part.nbytes].view(part.dtype).view(part.shape)
+            place.copy_(part, non_blocking=True)
+            used, on_gpu = used + _padded(part), on_gpu or part.is_cuda
+            return place
+
+        copies = {key: one.map(room) for key, one in pieces.items()}
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._is_locked:
+            _cudart().cudaHostUnregister(self._room.data_ptr())
+            self._is_locked = False
+        self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _padded(part: torch.Tensor) -> int:
+    return math.ceil(part.nbytes / _ALIGNMENT) * _ALIGNMENT
+
+
+def _gib(tensor: torch.Tensor) -> float:
+    return tensor.nbytes / 2**30
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
