@@ -540,9 +540,16 @@ RESUME = (
         ("one.steps = state.own_steps[one.name]", "pass", "test_resumed_on_the_same_mesh_is_bit_equal"),
     )
     + _mutations(
-        "rcm_mcore/training/optim.py",
+        "rcm_mcore/training/state.py",
         "tests/test_resume.py",
-        ('state["ema"].copy_(tensors["exp_avg"])', "pass", "test_resumed_on_the_same_mesh_is_bit_equal"),
+        ("one.optimizer.set_steps(one.steps)", "pass", "test_resumed_on_the_same_mesh_is_bit_equal"),
+        ("tuple(a + b for a, b in zip(start, offset))", "offset", "test_resumed_on_the_same_mesh_is_bit_equal"),
+        (" and mesh.tp_group.rank()", "", "test_resumed_on_the_same_mesh_is_bit_equal"),
+        (
+            "if i % holders.size() == holders.rank():",
+            "if holders.rank() == 0 and i % 2 == 0:",
+            "test_resumed_on_another_mesh_equals_to_rounding",
+        ),
     )
     + _mutations(
         "rcm_mcore/training/setup.py",
@@ -557,6 +564,27 @@ RESUME = (
         "rcm_mcore/checkpoint/folder.py",
         "tests/test_checkpoint.py",
         ("if _crc32(path / name) != crc:", "if False:", "test_a_damaged_newest_is_passed_over_loudly"),
+    )
+    + _mutations(
+        "rcm_mcore/checkpoint/folder.py",
+        "tests/test_saver.py",
+        ("if not keep_every or s % keep_every", "if True", "test_what_keep_every_divides_stays"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_two_runs_cannot_share_a_folder"),
+    )
+    + _mutations(
+        "rcm_mcore/training/saver.py",
+        "tests/test_saver.py",
+        ("pieces = self._host.copy(pieces)", "pass", "test_a_checkpoint_holds_the_state_of_its_step"),
+        ("if last or self._failed_before:", "if last:", "test_one_failed_save_is_forgiven_and_two_are_not"),
+        ("if last or self._failed_before:", "if self._failed_before:", "test_the_last_save_must_succeed"),
+        ("            self._failed_before = False\n", "", "test_one_failed_save_is_forgiven_and_two_are_not"),
+        ("            self._thread.join()\n", "            pass\n", "test_a_save_waits_for_the_one_before"),
+    )
+    + _mutations(
+        "rcm_mcore/interop/dcp.py",
+        "tests/test_saver.py",
+        ("        if first < last:\n", "        if first <= last:\n", "test_a_range_is_made_of_few_boxes"),
+        ("zlib.crc32(data, self.crc)", "zlib.crc32(data)", "test_a_checkpoint_is_whole"),
     )
 )
 
@@ -698,6 +726,7 @@ MUTATIONS = [
     *INTEROP,
     *PARALLEL,
     *TRAINING,
+    *RESUME,
     *VAE,
     *SAMPLE,
     *SLURM,

@@ -51,7 +51,7 @@ def test_a_range_is_made_of_few_boxes(shape):
             boxes = list(boxes_of_range(shape, start, stop))
             found = [numbers[tuple(slice(o, o + n) for o, n in zip(*box))].reshape(-1) for box in boxes]
             assert torch.cat([torch.empty(0, dtype=torch.int64), *found]).tolist() == list(range(start, stop))
-            assert len(boxes) <= max(1, 2 * len(shape) - 1)
+            assert len(boxes) <= max(1, 2 * len(shape) - 1) and all(size > 0 for _, box in boxes for size in box)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,6 +183,21 @@ def test_a_save_waits_for_the_one_before(saving, monkeypatch, caplog):
     assert [float(weights(folder, step)["head.head.bias"][0]) for step in (1, 2, 3)] == [1, 2, 3]
     assert [e["saved_step"] for e in events] == [1, 2, 3]
     assert "raise checkpoint.every=1" in caplog.text
+
+
+def test_a_checkpoint_is_whole(saving):
+    """What the manifest says of files whose CRC-32 was found while they were written."""
+    saver, _, folder, _ = saving()
+    saver.save(state(1))
+    saver.settle(last=True)
+    assert folder.newest() == folder.path(1)
+    assert "__0_0.distcp" in (folder.path(1) / "manifest.json").read_text()
+
+
+def test_a_full_disk_is_called_so(tmp_path):
+    (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_share(tmp_path, "__0_0.distcp", [("w", cut(torch.zeros(1 << 20), [0, 1 << 20])[0])])
 
 
 def fails(*steps):

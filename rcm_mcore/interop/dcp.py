@@ -164,14 +164,9 @@ class _Sink(io.RawIOBase):
 
     def __init__(self, raw: Any) -> None:
         self.raw, self.bytes, self.crc = raw, 0, 0
-        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        try:
-            self.raw.write(data)
-        except OSError as error:
-            self._error = error
-            raise
+        self.raw.write(data)
         count = len(data)
         self.bytes, self.crc = self.bytes + count, zlib.crc32(data, self.crc)
         return count
@@ -180,12 +175,7 @@ class _Sink(io.RawIOBase):
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes  # torch.save writes the whole storage
         if not (alone and tensor.is_contiguous() and tensor.device.type == "cpu"):
             tensor = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        try:
-            torch.save(tensor, self)  # type: ignore[arg-type]  # all that it needs is here
-        except Exception:  # torch's writer has an error of its own for whatever goes wrong, a full disk say
-            if self._error is not None:
-                raise self._error from None
-            raise
+        torch.save(tensor, self)  # type: ignore[arg-type]  # all that it needs is here
 
 
 def write_index(path: Path, shares: Iterable[Share]) -> None:
