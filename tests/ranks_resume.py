@@ -9,6 +9,7 @@ import logging
 import resource
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import torch.distributed as dist
@@ -54,6 +55,20 @@ def rewrite(path, target):
     saver.settle(last=True)
 
 
+def pass_over(run, position):
+    """Let a run go on past the samples that another checkpoint has read, as after a rollback."""
+    if dist.get_rank() == 0:
+        (path,) = Path(run).glob("step_*/state.json")
+        state = json.loads(path.read_text()) | {"rollbacks": 1}
+        state["data"] = json.loads((Path(position) / "state.json").read_text())["data"]
+        path.write_text(json.dumps(state))
+        (path.parent / "manifest.json").unlink()
+        files = [p for p in path.parent.iterdir() if p.is_file()]
+        manifest = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in files}
+        (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    dist.barrier()
+
+
 def unwritable(path, rank):
     """Train while `rank` cannot write files of more than 100 kB; returns the error."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -67,13 +82,17 @@ def unwritable(path, rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def poisoned(path, step, name, rank=None):
-    """Train with draws of `step` (from 0), by their name, that are not finite, on all ranks or one; returns the error."""
+def poisoned(path, step, name, rank=None, again=False):
+    """Train with draws of `step` (from 0), by their name, that are not finite, on all ranks or one; returns the error or None.
+
+    With `again` those of later steps and after a rollback are so too.
+    """
     with_draws = setup.with_draws
 
-    def poison(config, batch):
-        item = with_draws(config, batch)
-        if batch.step != step or rank not in (None, dist.get_rank()):
+    def poison(config, batch, *, rollbacks):
+        item = with_draws(config, batch, rollbacks=rollbacks)
+        now = batch.step >= step if again else batch.step == step and not rollbacks
+        if not now or rank not in (None, dist.get_rank()) or getattr(item.draws, name) is None:
             return item
         bad = {name: getattr(item.draws, name) * float("nan")}
         return dataclasses.replace(item, draws=dataclasses.replace(item.draws, **bad))
@@ -92,7 +111,8 @@ def main(folder):
     init_distributed()
     results = []
     for name, *arguments in json.loads((folder / "plan.json").read_text()):
-        result = {"run": run, "cut": cut, "rewrite": rewrite, "unwritable": unwritable, "poisoned": poisoned}[name](*arguments)
+        actions = (run, cut, rewrite, pass_over, unwritable, poisoned)
+        result = {action.__name__: action for action in actions}[name](*arguments)
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, result)
         results.append(everyone)

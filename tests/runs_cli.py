@@ -38,8 +38,8 @@ def nan_weight_after_first_save(run, saver):
         run.networks[0].net.blocks["0"].ffn.linear_fc1.weight[0, 0] = torch.nan
 
 
-def nan_in_one_sample_of_step_2(config, batch):
-    item = with_draws(config, batch)
+def nan_in_one_sample_of_step_2(config, batch, **rest):
+    item = with_draws(config, batch, **rest)
     if batch.step != 1:
         return item
     noise = item.draws.eps_g.clone()

@@ -68,13 +68,24 @@ def runs(tmp_path_factory):
     )  # fmt: skip
     teacher = str(tiny.write_config(folder / "teacher.yaml", teacher))
     carry_out(1, [["run", teacher], ["run", config("one", "one", checkpoint={"every": 1})], *resumed("one", "one")])
-    errors, *poisoned = carry_out(
+    every_step = {"checkpoint": {"every": 1}}
+    survive = {name: {"on_nonfinite": name, "max_skips": 1, "max_rollbacks": 2} for name in ("skip", "rollback")}
+    errors, *rest = carry_out(
         2,
         [
             ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
             ["poisoned", config("poisoned_critic", "pp2", checkpoint={"every": 1}), 1, "eps_d"],
             ["poisoned", config("poisoned_student", "pp2", checkpoint={"every": 1}), 2, "rollout_noise"],
             ["poisoned", config("poisoned_one_rank", "dp2", checkpoint={"every": 1}), 1, "eps_d", 1],
+            ["poisoned", config("skipped", "dp2", train=survive["skip"], **every_step), 4, "eps_g", 1],
+            ["poisoned", config("skipped_pp2", "pp2", train=survive["skip"], **every_step), 4, "eps_g"],
+            ["poisoned", config("skipped_twice", "dp2", train=survive["skip"], **every_step), 4, "eps_d", 1, True],
+            ["poisoned", config("rolled_back", "dp2", train=survive["rollback"]), 4, "eps_g", 1],
+            ["poisoned", config("rolled_back_in_vain", "dp2", train=survive["rollback"]), 4, "eps_g", 1, True],
+            ["poisoned", config("nowhere_to_go", "dp2", train=survive["rollback"]), 2, "eps_g", 1],
+            ["cut", str(folder / "rolled_back"), str(folder / "by_hand"), 3],
+            ["pass_over", str(folder / "by_hand"), str(folder / "skipped" / "step_000000005")],
+            ["run", config("by_hand", "dp2")],
             *(["run", config(mesh, mesh)] for mesh in MESHES if mesh != "one"),
             *(step for mesh in MESHES if mesh != "one" for step in resumed(mesh, mesh)),
             *(step for source, mesh in CHANGES if mesh != "one" for step in resumed(source, mesh)),
@@ -84,7 +95,8 @@ def runs(tmp_path_factory):
             ["rewrite", config("staged", "pp2"), str(folder / "rewritten_pp2")],
         ],
     )
-    (folder / "poisoned.json").write_text(json.dumps(poisoned[:3]))
+    (folder / "poisoned.json").write_text(json.dumps(rest[:3]))
+    (folder / "survived.json").write_text(json.dumps([first for first, second in rest[3:9] if first == second]))
     carry_out(1, [step for source, mesh in CHANGES if mesh == "one" for step in resumed(source, mesh)])
     (folder / "errors.json").write_text(json.dumps(errors))
     return folder
@@ -202,12 +214,48 @@ def test_a_run_stops_on_every_rank_before_weights_are_touched(runs):
         assert saved[-1] == f"step_{step:09d}"  # the last before the error
 
 
+@pytest.mark.parametrize("name", ["skipped", "skipped_pp2"])
+def test_a_step_that_is_not_finite_can_be_skipped(runs, name):
+    """Its update is left out, everything else goes on as it was."""
+    before, after = (runs / name / f"step_{step:09d}" for step in (4, 5))
+    assert set(tiny.differences(after, before).values()) == {0.0}
+    assert state(before)["own_steps"] == state(after)["own_steps"] == {"student": 2, "fake_score": 2}
+    assert state(after)["data"]["samples"] == 20
+    lines = tiny.log_lines(runs / name)
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 0]
+    assert (lines[4]["phase"], lines[4]["grad_norm"]) == ("student", None) and lines[4]["nonfinite_output"] > 0
+    assert state(runs / name / "step_000000006")["own_steps"] == {"student": 2, "fake_score": 3}
+    assert max(tiny.differences(runs / name / "step_000000006", after).values()) > 0
+    assert [e["step"] for e in tiny.events(runs / name) if e["event"] == "skipped"] == [4]
+
+
+def test_a_run_rolls_back_and_takes_another_way(runs):
+    """As if the run had been resumed from its checkpoint by hand, past the samples since, with other noise."""
+    assert metrics(runs / "rolled_back") == metrics(runs / "by_hand")
+    ours, theirs = (runs / name / "step_000000006" for name in ("rolled_back", "by_hand"))
+    assert set(tiny.differences(ours, theirs).values()) == {0.0}
+    assert state(ours) == state(theirs)
+    assert (state(ours)["rollbacks"], state(ours)["data"]["samples"]) == (1, 32)  # four steps, two of them in vain, and three
+    (event,) = [e for e in tiny.events(runs / "rolled_back") if e["event"] == "rolled_back"]
+    assert (event["step"], event["failed_after"]) == (3, 4) and "are not finite" in event["error"]
+    undisturbed = metrics(runs / "dp2")
+    assert metrics(runs / "rolled_back")[:3] == undisturbed[:3] and metrics(runs / "rolled_back")[3] != undisturbed[3]
+
+
+def test_what_does_not_recover_stops(runs):
+    skipped, staged, twice, back, in_vain, nowhere = json.loads((runs / "survived.json").read_text())
+    assert (skipped, staged, back) == (None, None, None)
+    assert "step 5: " in twice and twice.endswith("train.max_skips=1 steps before it were skipped")
+    assert "step 4: " in in_vain and in_vain.endswith("the run was rolled back to step 3 train.max_rollbacks=2 times")
+    assert "step 2: " in nowhere and "there is no checkpoint to roll back to" in nowhere
+
+
 def kill_after_step_4(command, folder):
     """Start a run and kill it past its checkpoint of step 3; whether that was before its end (a busy machine may miss it)."""
     log, output = folder / "log.jsonl", folder.with_suffix(".txt")
     with output.open("w") as stream:
         run = subprocess.Popen(command, env=launch.environment(), stdout=stream, stderr=stream, start_new_session=True)
-        while not (log.exists() and log.read_text().count("\n") >= 4):
+        while not (log.exists() and log.read_text().count("\n") >= 4 and (folder / "step_000000003").is_dir()):
             assert run.poll() is None, output.read_text()
             time.sleep(0.002)
         os.killpg(run.pid, signal.SIGKILL)

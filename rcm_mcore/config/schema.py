@@ -52,10 +52,16 @@ class TrainConfig:
     global_batch_size: int  # samples of one optimizer step over all ranks
     micro_batch_size: int  # samples of one forward on one rank
     seed: int = 0  # of the noise, the times and the order of the data
-    max_nonfinite_share: float = 0.1  # of a step's samples; above it the run stops
+    max_nonfinite_share: float = 0.1  # of a step's samples; above it, or with such a gradient, the step is not finite:
+    # stop the run; skip the update; or roll back to the newest checkpoint and go on from there with later data and other noise
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    max_skips: int = 10  # steps in a row; the run stops when one more would be skipped
+    max_rollbacks: int = 3  # to one checkpoint; likewise
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("max_skips", "max_rollbacks"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if not 0 <= self.max_nonfinite_share <= 1:
             raise ValueError(f"train.max_nonfinite_share={self.max_nonfinite_share}: must lie in [0, 1]")

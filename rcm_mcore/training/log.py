@@ -1,6 +1,6 @@
 """What the operator sees: a progress bar, one JSON line per step in `log.jsonl`, and wandb if asked for.
 
-Keys of a line, always all of them (null where the phase has none):
+Keys of a line, always all of them (null where the phase has none, and for what is not finite):
 
     step               optimizer steps done, from 1
     phase              pretrain, student or critic
@@ -16,6 +16,7 @@ Keys of a line, always all of them (null where the phase has none):
     rollout_steps      student evaluations of the rollout
     nonfinite_output   samples left out of the step because the trained network's output was not finite
     nonfinite_target   samples without gradient because their target was not finite
+    skipped            1 if the step made no update because it was not finite (train.on_nonfinite=skip), else 0
     bad_samples        samples of the data skipped so far, all ranks
     seconds            wall time of the step
     data_seconds       part of it spent waiting for data
@@ -29,6 +30,7 @@ What is not a step (started, resumed, saved, a slow rank, ...) is a line of `eve
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -41,8 +43,8 @@ from rcm_mcore.config import LogConfig
 
 KEYS = (
     "step", "phase", "loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm", "lr",
-    "rollout_steps", "nonfinite_output", "nonfinite_target", "bad_samples", "seconds", "data_seconds", "samples_per_second",
-    "memory_gib",
+    "rollout_steps", "nonfinite_output", "nonfinite_target", "skipped", "bad_samples", "seconds", "data_seconds",
+    "samples_per_second", "memory_gib",
 )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ class RunLog:
             return
         unknown = values.keys() - set(KEYS)
         assert not unknown, f"log keys without a documented meaning: {sorted(unknown)}"
-        line = {key: values.get(key) for key in KEYS}
+        line = {key: _finite(values.get(key)) for key in KEYS}
         self._step = values["step"]
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -101,6 +103,18 @@ class RunLog:
         self._bar.update(1)
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if v is not None}, step=line["step"])
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`: they are done again."""
+        self._step = step
+        if self._file is None or self._bar is None:
+            return
+        path = Path(self._file.name)
+        self._file.close()
+        _drop_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._bar.n = step
+        self._bar.refresh()
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is not a step."""
@@ -117,6 +131,11 @@ class RunLog:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no number for what is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from rcm_mcore.config import Config
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
+from rcm_mcore.training.recovery import Recovery
 from rcm_mcore.training.saver import Saver
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
 from rcm_mcore.training.signals import StopRequest
-from rcm_mcore.training.step import StepBatch, run_step
+from rcm_mcore.training.step import NonFiniteError, StepBatch, run_step
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
     The last state is saved either way. Returns the run; it is finished if `run.state.step` is train.steps.
     """
     run = set_up(config)
-    saved, total = run.state.step, config.train.steps
+    total = config.train.steps
     run_log = RunLog(
         run.folder.root,
         config.log,
@@ -43,26 +44,27 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
     if run.state.step and run.mesh.is_main:
         log.info("resuming after step %d of %d", run.state.step, total)
     saver = Saver(run.folder, run.networks, config=config, mesh=run.mesh, report=run_log.event)
+    saver.saved_step = run.state.step
+    recovery = Recovery(run, run_log, saver)
     try:
-        with run.loader:
-            while run.state.step < total:
-                received, save_failed = _agreed(stop, saver)
-                if save_failed:
-                    saver.settle()
-                if received:
-                    break
-                _step(run, run_log)
-                saver.note_finished()
-                if run.state.step % config.checkpoint.every == 0 or run.state.step == total:
-                    save(run, saver)
-                    saved = run.state.step
-            if run.state.step > saved:
+        while run.state.step < total:
+            received, save_failed = _agreed(stop, saver)
+            if save_failed:
+                saver.settle()
+            if received:
+                break
+            _step(run, run_log, recovery)
+            saver.note_finished()
+            if run.state.step % config.checkpoint.every == 0 and run.state.step != saver.saved_step:
                 save(run, saver)
-            saver.settle(last=True)
-            if run.state.step < total and run.mesh.is_main:
-                run_log.event("stopped", signal=received)
-                log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
+        if run.state.step != saver.saved_step:
+            save(run, saver)
+        saver.settle(last=True)
+        if run.state.step < total and run.mesh.is_main:
+            run_log.event("stopped", signal=received)
+            log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
     finally:
+        run.loader.close()
         saver.close()
         run.folder.unlock()
         run_log.close()
@@ -87,7 +89,7 @@ def _agreed(stop: StopRequest | None, saver: Saver) -> tuple[str | None, bool]:
     return signal.Signals(number).name if number else None, bool(save_failed)
 
 
-def _step(run: Run, run_log: RunLog) -> None:
+def _step(run: Run, run_log: RunLog, recovery: Recovery) -> None:
     start = time.perf_counter()
     item: StepBatch = next(run.loader)
     waited = time.perf_counter() - start
@@ -97,7 +99,14 @@ def _step(run: Run, run_log: RunLog) -> None:
         if other is not trained:
             other.sleep()
     trained.wake()
-    metrics: dict[str, Any] = run_step(trained, item, roles=run.roles, config=run.config, mesh=run.mesh)
+    try:
+        metrics: dict[str, Any] = {"skipped": 0} | run_step(trained, item, roles=run.roles, config=run.config, mesh=run.mesh)
+        recovery.passed()
+    except NonFiniteError as error:
+        recovered = recovery.after(error)
+        if recovered is None:
+            return
+        metrics = recovered
     run.state = replace(run.state, step=run.state.step + 1)
     seconds = time.perf_counter() - start
     on_gpu = run.mesh.device.type == "cuda"

@@ -58,6 +58,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._save: _Save | None = None
         self._failed_before = False
+        self.saved_step = -1  # of the last save that was begun and has not failed, or of the checkpoint that was loaded
         self._host = None
         if config.checkpoint.asynchronous:
             self._host = _HostRoom(pieces_to_save(networks, mesh))
@@ -83,6 +84,7 @@ class Saver:
         pieces = pieces_to_save(self._networks, self._mesh)
         size = sum(part.nbytes for one in pieces.values() for _, part in one.parts)
         self._save = _Save(state.step, size / 2**30, 0.0)
+        self.saved_step = state.step
         if self._host is None:
             self._write(self._save, pieces, state, start)
         else:
@@ -124,6 +126,7 @@ class Saver:
             self._failed_before = False
             self._report("saved", saved_step=save.step, gib=save.gib, stalled_seconds=save.stalled, seconds=save.seconds)
             return
+        self.saved_step = -1
         self._report("save_failed", saved_step=save.step, error=str(save.error))
         if last or self._failed_before:
             raise save.error

@@ -222,6 +222,15 @@ def set_up(config: Config) -> Run:
     state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
     if resume_from is not None:
         state = read_state(resume_from, networks, config=config, mesh=mesh)
+    loader = make_loader(config, mesh, state)
+    folder.make()  # last, so that a run that cannot start leaves nothing behind
+    return Run(
+        config=config, mesh=mesh, roles=roles, trained=trained, networks=networks, loader=loader, folder=folder, state=state
+    )
+
+
+def make_loader(config: Config, mesh: Mesh, state: RunState) -> DataLoader:
+    """Batches of this rank from where a run stands on."""
     loader = DataLoader(
         config=config.data,
         model=config.model,
@@ -231,14 +240,11 @@ def set_up(config: Config) -> Run:
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         reads=mesh.reads,
-        transform=partial(with_draws, config),
+        transform=partial(with_draws, config, rollbacks=state.rollbacks),
     )
-    if resume_from is not None:
+    if state.data:
         loader.load_state_dict(state.data)
-    folder.make()  # last, so that a run that cannot start leaves nothing behind
-    return Run(
-        config=config, mesh=mesh, roles=roles, trained=trained, networks=networks, loader=loader, folder=folder, state=state
-    )
+    return loader
 
 
 def build_networks(

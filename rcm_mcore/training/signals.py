@@ -1,11 +1,13 @@
-"""Signals that ask a run to stop: SIGUSR1, which Slurm sends ahead of the time limit, and SIGTERM, of a preemption.
+"""What asks a run to stop: SIGUSR1, which Slurm sends ahead of the time limit, SIGTERM, of a preemption, and the limit itself.
 
 Nothing heavy is imported here: until its handler is set a signal is lost, or ends the process.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,17 +15,34 @@ from types import FrameType
 # What a run that was asked to stop exits with (EX_TEMPFAIL of sysexits.h): started again, it goes on.
 EXIT_STOPPED = 75
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# Seconds before the end of a Slurm job at which a run stops though no signal came: one that came before the handlers was lost.
+_LEAD = 120.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. A signal is only noted: what is being done, a save say, is finished."""
+    """Whether this process was asked to stop. A signal is only noted: what is being done, a save say, is finished.
+
+    Raises: ValueError when SLURM_JOB_END_TIME, the end of a Slurm job in seconds since 1970, is no number.
+    """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the last signal; 0: none
+        self._number = 0
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        try:
+            self._deadline = float(end) - _LEAD if end else float("inf")
+        except ValueError:
+            raise ValueError(f"SLURM_JOB_END_TIME={end}: must be seconds since 1970, as Slurm sets it") from None
+
+    @property
+    def received(self) -> int:
+        """Number of the last signal; 0: none. The end of the job's time limit counts as SIGUSR1."""
+        if not self._number and time.time() >= self._deadline:
+            self._number = signal.SIGUSR1
+        return self._number
 
     def note(self, number: int, _: FrameType | None = None) -> None:
         """The handler."""
-        self.received = number
+        self._number = number
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class RunState:
     own_steps: dict[str, int]
     data: dict[str, Any]
     wandb_id: str | None = None
+    rollbacks: int = 0  # to earlier checkpoints, because steps were not finite; each gives the run other noise
 
 
 def pieces_to_save(trained: list[Trained], mesh: Mesh) -> dict[str, Pieces]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,9 +33,15 @@ from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training import pipeline
 from rcm_mcore.training.networks import Trained, finalize_on
 
+_APART = 1_000_003  # between the seeds of a run and of what follows a rollback; nobody chooses seeds so far apart
+
 
 class NonFiniteError(RuntimeError):
-    """Too many samples of a step, or its gradient, are not finite."""
+    """Too many samples of a step, or its gradient, are not finite; `metrics` are those of the step, as far as it went."""
+
+    def __init__(self, message: str, metrics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.metrics = metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +60,11 @@ def phase_at(config: Config, step: int) -> Phase:
     return phase_of(step, config.distill)
 
 
-def with_draws(config: Config, batch: Batch) -> StepBatch:
-    """Add what is random to a batch; runs in the loader's thread."""
+def with_draws(config: Config, batch: Batch, *, rollbacks: int = 0) -> StepBatch:
+    """Add what is random to a batch; runs in the loader's thread. After a rollback it is drawn anew."""
     phase = phase_at(config, batch.step)
+    if rollbacks:
+        config = replace(config, train=replace(config.train, seed=config.train.seed + rollbacks * _APART))
     return StepBatch(batch=batch, phase=phase, draws=draw(config, phase, step=batch.step, slots=batch.slots))
 
 
@@ -111,19 +119,19 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
     if share > config.train.max_nonfinite_share:
         raise NonFiniteError(
             f"step {item.batch.step}: {share:.0%} of the samples are not finite ({metrics['nonfinite_output']:.0f} outputs, "
-            f"{metrics['nonfinite_target']:.0f} targets), above train.max_nonfinite_share={config.train.max_nonfinite_share}"
+            f"{metrics['nonfinite_target']:.0f} targets), above train.max_nonfinite_share={config.train.max_nonfinite_share}",
+            metrics,
         )
-    metrics |= _update(trained, item, config)
-    return metrics
+    return metrics | _update(trained, item, config, metrics)
 
 
-def _update(trained: Trained, item: StepBatch, config: Config) -> dict[str, float]:
+def _update(trained: Trained, item: StepBatch, config: Config, metrics: dict[str, float]) -> dict[str, float]:
     """Optimizer step and EMA from the reduced gradients."""
     optimizer, lr = trained.optimizer, trained.lr(config)
     optimizer.set_lr(lr)
     grad_norm = optimizer.prepare_and_clip()
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(f"step {item.batch.step}: the gradient of the {trained.name} is not finite ({grad_norm})")
+        raise NonFiniteError(f"step {item.batch.step}: the gradient of the {trained.name} is not finite ({grad_norm})", metrics)
     optimizer.step()
     trained.steps += 1
     if optimizer.has_ema:
