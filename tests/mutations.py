@@ -707,27 +707,5 @@ SLURM = (
     )
 )
 
-MUTATIONS = [
-    *DUAL,
-    *TRIGFLOW,
-    *SAMPLERS,
-    *LOSSES,
-    *PHASES,
-    *SCHEDULES,
-    *DRAWS,
-    *STEPS,
-    *OPTIM,
-    *WAN,
-    *KERNELS,
-    *PORTABLE,
-    *RING,
-    *PIPELINE,
-    *DATA,
-    *INTEROP,
-    *PARALLEL,
-    *TRAINING,
-    *RESUME,
-    *VAE,
-    *SAMPLE,
-    *SLURM,
-]
+# Every table of this file.
+MUTATIONS = [mutation for name, table in list(globals().items()) if name.isupper() for mutation in table]
