@@ -15,6 +15,7 @@ from rcm_mcore.config import Config
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
+from rcm_mcore.training.sheets import Sheets
 from rcm_mcore.training.signals import StopRequest
 from rcm_mcore.training.state import write_state
 from rcm_mcore.training.step import StepBatch, run_step
@@ -29,6 +30,7 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
     """
     run = set_up(config)
     saved, total = run.state.step, config.train.steps
+    sheets = Sheets(config, run.mesh, run.networks, run.roles.negative) if config.log.sheet_every else None
     run_log = RunLog(
         run.folder.root,
         config.log,
@@ -52,6 +54,8 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
                 if run.state.step % config.checkpoint.every == 0 or run.state.step == total:
                     save(run)
                     saved = run.state.step
+                if sheets is not None and run.state.step % config.log.sheet_every == 0:
+                    sheets.make(run.state.step, run_log)
             if run.state.step > saved:
                 save(run)
             if run.state.step < total and run.mesh.is_main:
