@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rcm_mcore.condition import Condition
 from rcm_mcore.config import load_config
 from rcm_mcore.data import DataLoader
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
@@ -63,10 +64,14 @@ def sample(path, which, **how):
         checkpoint=config.checkpoint.dir, text_encoder="", latent_shape=config.data.latent_shape, which=which,
         seed=config.train.seed, **how,
     )  # fmt: skip
+    given = None
+    if config.model.condition == "first_last":
+        given = Condition(batch.text, latents=batch.given, image=batch.image)
+    elif config.model.condition == "frames":
+        given = Condition(batch.text, latents=batch.latents, frames=torch.tensor([0, 1, 0]))
     with Sampler(request) as ours:
-        latents = ours.latents(range(count), list(batch.text))
+        latents = ours.latents(range(count), list(batch.text), given=given)
     torch.save(latents, f"{path}.{which}_{request.steps}.pt")
-    return batch.prompts
 
 
 def main(folder):
@@ -74,9 +79,10 @@ def main(folder):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     init_distributed()
     loop.Sheets = Kept
-    results = [globals()[action](*args, **kwargs) for action, args, kwargs in json.loads((folder / "plan.json").read_text())]
+    for action, args, kwargs in json.loads((folder / "plan.json").read_text()):
+        {"run": run, "sample": sample}[action](*args, **kwargs)
     if dist.get_rank() == 0:
-        (folder / f"results_{dist.get_world_size()}.json").write_text(json.dumps(results))
+        (folder / f"results_{dist.get_world_size()}.json").write_text("{}")
     dist.barrier()
 
 

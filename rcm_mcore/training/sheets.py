@@ -136,7 +136,8 @@ class Sheets:
         vae = None if folder is None else VideoVAE(folder, device=self._mesh.device, tiled=True)
         cells = []
         for prompt, row in zip(self.prompts, latents, strict=True):
-            cells += [(f"{column}: {prompt}", pictures(x, vae)) for column, x in zip(self.columns, row, strict=True)]
+            caption = " ".join(prompt.split())  # of one line
+            cells += [(f"{column}: {caption}", pictures(x, vae)) for column, x in zip(self.columns, row, strict=True)]
         return cells
 
 
