@@ -707,5 +707,58 @@ SLURM = (
     )
 )
 
+SHEETS = (
+    _mutations(
+        "rcm_mcore/training/optim.py",
+        "tests/test_sheets.py",
+        ("                ema.copy_(kept)\n", "", "test_an_error_under_the_ema_puts_the_weights_back"),
+        (
+            "        finally:\n            self._exchange_ema()",
+            "        finally:\n            pass",
+            "test_an_error_under_the_ema_puts_the_weights_back",
+        ),
+        ("                main.copy_(ema)\n", "", "test_samples_are_those_of_the_sampler"),
+        ("        self._copy_main_params_to_model_params()\n", "", "test_samples_are_those_of_the_sampler"),
+        (
+            "            self._exchange_ema()\n        self._share_weights()\n",
+            "            self._exchange_ema()\n",
+            "test_so_is_one_of_data_parallel_ranks",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/training/sheets.py",
+        "tests/test_sheets.py",
+        ('f"sheet-{k}"', '"sheet-0"', "test_samples_are_those_of_the_sampler"),
+        ("slots=[i])", "slots=[0])", "test_samples_are_those_of_the_sampler"),
+        ("config.distill.guidance)", "1.0)", "test_a_teacher_is_sampled_with_guidance_and_what_is_given"),
+        (
+            "config.data.given_frames[i % len(config.data.given_frames)]",
+            "1",
+            "test_a_teacher_is_sampled_with_guidance_and_what_is_given",
+        ),
+        ("made[i] + self._columns(i)", "self._columns(i) + made[i]", "test_samples_are_those_of_the_sampler"),
+        ("owner = i % mesh.dp_size", "owner = 0", "test_every_mesh_makes_the_same_samples"),
+        (".nan_to_num(0.0)", "", "test_colours_are_scaled_and_what_is_not_finite_is_grey"),
+        ("except (OSError, ValueError,", "except (ValueError,", "test_a_full_disk_does_not_end_the_run"),
+        ('run_log.image("samples", path)', "pass", "test_cells_show_what_the_vae_decodes"),
+        ('" ".join(prompt.split())', "prompt", "test_cells_show_what_the_vae_decodes"),
+    )
+    + _mutations(
+        "rcm_mcore/training/loop.py",
+        "tests/test_sheets.py",
+        ("run.state.step % config.log.sheet_every == 0", "True", "test_a_sheet_is_written_every_so_many_steps"),
+    )
+    + _mutations(
+        "rcm_mcore/training/setup.py",
+        "tests/test_sheets.py",
+        ("    check_sheets(config)\n", "", "test_a_vae_that_cannot_decode_is_refused_at_the_start"),
+    )
+    + _mutations(
+        "rcm_mcore/data/media.py",
+        "tests/test_sheets.py",
+        ("columns = columns or min(", "columns = min(", "test_rows_are_prompts_and_columns_are_networks"),
+    )
+)
+
 # Every table of this file.
 MUTATIONS = [mutation for name, table in list(globals().items()) if name.isupper() for mutation in table]

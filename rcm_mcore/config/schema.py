@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rcm_mcore.config.mesh import MeshConfig, tokens_per_sample
-from rcm_mcore.config.model import ModelConfig
+from rcm_mcore.config.model import MID_TIMES, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +177,17 @@ class LogConfig:
 
     wandb: bool = False
     project: str = "rcm-mcore"
+    sheet_every: int = 0  # optimizer steps between sheets of samples (docs/sheets.md); 0: none
+    sheet_samples: int = 4  # prompts on a sheet, those of the first samples of the run
+    sheet_steps: tuple[int, ...] = (1, 4)  # student evaluations of a sample, a column each; of a teacher not looked at
+    sheet_vae: str | None = None  # folder of an AutoencoderKLWan; none: the first three latent channels as colours
+
+    def __post_init__(self) -> None:
+        _at_least("log.sheet_every", self.sheet_every, 0)
+        _at_least("log.sheet_samples", self.sheet_samples, 1)
+        most = 1 + min(map(len, MID_TIMES.values()))
+        if not self.sheet_steps or not all(1 <= steps <= most for steps in self.sheet_steps):
+            raise ValueError(f"log.sheet_steps={list(self.sheet_steps)}: give at least one number, each from 1 to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,26 +85,33 @@ def _write_mp4(path: Path, pixels: np.ndarray, fps: Fraction) -> None:
 
 def thumbnails(path: str | os.PathLike[str], *, height: int) -> list[np.ndarray]:
     """The first, the middle and the last frame of a file of `write_media`, uint8 [height, w, 3]; the picture of a png."""
-    from PIL import Image
-
     path = Path(path)
     if path.suffix == ".png":
+        from PIL import Image
+
         with Image.open(path) as image:
-            shown = [image.convert("RGB")]
-    else:
-        import av
+            return thumbnails_of(np.asarray(image.convert("RGB"))[None], height=height)
+    import av
 
-        with av.open(str(path)) as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-        shown = [frames[0], frames[len(frames) // 2], frames[-1]]
-    width = max(1, round(shown[0].width * height / shown[0].height))
-    return [np.asarray(image.resize((width, height))) for image in shown]
+    with av.open(str(path)) as container:
+        return thumbnails_of([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], height=height)
 
 
-def write_contact_sheet(path: str | os.PathLike[str], cells: Sequence[tuple[str, Sequence[np.ndarray]]]) -> None:
+def thumbnails_of(pixels: Sequence[np.ndarray] | np.ndarray, *, height: int) -> list[np.ndarray]:
+    """As `thumbnails`, of pixels [F, H, W, 3]; of fewer than three frames each once."""
+    from PIL import Image
+
+    shown = [pixels[index] for index in sorted({0, len(pixels) // 2, len(pixels) - 1})]
+    width = max(1, round(shown[0].shape[1] * height / shown[0].shape[0]))
+    return [np.asarray(Image.fromarray(picture).resize((width, height))) for picture in shown]
+
+
+def write_contact_sheet(
+    path: str | os.PathLike[str], cells: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: int | None = None
+) -> None:
     """Writes a png of cells, left to right, then downwards: a caption, cut to the width, over pictures of one size.
 
-    Raises: ValueError for no cells or pictures of different sizes.
+    `columns` of them, or as many as a screen is wide. Raises: ValueError for no cells or pictures of different sizes.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -114,7 +121,7 @@ def write_contact_sheet(path: str | os.PathLike[str], cells: Sequence[tuple[str,
     height, width, _ = sizes.pop()
     across = max(len(pictures) for _, pictures in cells)
     cell_width, cell_height = across * (width + _GAP) + 2 * _GAP, height + 3 * _GAP + _FONT
-    columns = min(len(cells), max(1, _SHEET_WIDTH // cell_width))
+    columns = columns or min(len(cells), max(1, _SHEET_WIDTH // cell_width))
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)

@@ -123,6 +123,13 @@ class RunLog:
         with self._events.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "step": self._step, "event": kind, **facts}) + "\n")
 
+    def image(self, name: str, path: Path) -> None:
+        """A picture of the last step, to wandb."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=self._step)
+
     def close(self) -> None:
         """Flush and finish."""
         if self._bar is not None:

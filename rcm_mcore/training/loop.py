@@ -17,6 +17,7 @@ from rcm_mcore.training.log import RunLog
 from rcm_mcore.training.recovery import Recovery
 from rcm_mcore.training.saver import Saver
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
+from rcm_mcore.training.sheets import Sheets
 from rcm_mcore.training.signals import StopRequest
 from rcm_mcore.training.step import NonFiniteError, StepBatch, run_step
 
@@ -30,6 +31,7 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
     """
     run = set_up(config)
     total = config.train.steps
+    sheets = Sheets(config, run.mesh, run.networks, run.roles.negative) if config.log.sheet_every else None
     run_log = RunLog(
         run.folder.root,
         config.log,
@@ -57,6 +59,8 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
             saver.note_finished()
             if run.state.step % config.checkpoint.every == 0 and run.state.step != saver.saved_step:
                 save(run, saver)
+            if sheets is not None and run.state.step % config.log.sheet_every == 0:
+                sheets.make(run.state.step, run_log)
         if run.state.step != saver.saved_step:
             save(run, saver)
         saver.settle(last=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +90,21 @@ class ShardedOptimizer(DistributedOptimizer):
         for group in self.optimizer.param_groups:
             if group["params"]:
                 torch._foreach_lerp_([self.optimizer.state[p]["ema"] for p in group["params"]], group["params"], 1 - beta)
+
+    @torch.no_grad()
+    def exchange_ema(self) -> None:
+        """Masters and EMA take each other's place, and what is now the masters goes to this rank's shard of the weights.
+
+        Done twice, everything is as it was, bit for bit. Float32 masters are the weights themselves, so a copy of the masters
+        would be needed if the EMA did not hold it.
+        """
+        for group in self.optimizer.param_groups:
+            for main in group["params"]:
+                ema = self.optimizer.state[main]["ema"]
+                kept = main.detach().clone()
+                main.copy_(ema)
+                ema.copy_(kept)
+        self._copy_main_params_to_model_params()
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -173,6 +189,30 @@ class NetworkOptimizer:
     def pieces(self) -> dict[Tensor, dict[str, Pieces]]:
         """This rank's part of the state, by parameter (see ShardedOptimizer.pieces)."""
         return {param: kinds for part in self.parts.values() for param, kinds in part.pieces().items()}
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Collective over the ranks that share the weights: inside, the network has the EMA for weights.
+
+        At the end weights, masters and EMA are what they were, bit for bit. An error that leaves puts back what this rank
+        owns and does not wait for the others, who may be elsewhere.
+        """
+        self._exchange_ema()
+        self._share_weights()
+        try:
+            yield
+        finally:
+            self._exchange_ema()
+        self._share_weights()
+
+    def _exchange_ema(self) -> None:
+        for part in self.parts.values():
+            part.exchange_ema()
+
+    def _share_weights(self) -> None:
+        """Every rank's shard of the weights to the others."""
+        model = next(iter(self.parts.values())).model_chunks[0]  # of every part the same
+        model.start_param_sync()
 
     def set_steps(self, steps: int) -> None:
         """How many updates there have been."""

@@ -28,6 +28,7 @@ from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
+from rcm_mcore.training.sheets import check_sheets
 from rcm_mcore.training.state import RunState, read_state
 from rcm_mcore.training.step import with_draws
 
@@ -65,6 +66,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         refuse_what_cannot_fit(config, world_size, torch.cuda.get_device_properties(0).total_memory)
     negative(config)
+    check_sheets(config)
     if config.train.objective == "distill":
         check_teacher(config)
     with DataLoader(
