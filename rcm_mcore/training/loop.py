@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from rcm_mcore.training.setup import Run, gather_data_state, set_up
 from rcm_mcore.training.signals import StopRequest
 from rcm_mcore.training.state import write_state
 from rcm_mcore.training.step import StepBatch, run_step
+from rcm_mcore.training.stragglers import Stragglers
+from rcm_mcore.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,14 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
 
     The last state is saved either way. Returns the run; it is finished if `run.state.step` is train.steps.
     """
+    with Watchdog(Path(config.checkpoint.dir) / "stacks", config.guard.stall_minutes) as watchdog:
+        return _train(config, stop, watchdog)
+
+
+def _train(config: Config, stop: StopRequest | None, watchdog: Watchdog) -> Run:
+    # Loading and saving are one beat each: they may take as long as ranks wait for one another.
+    patience = config.mesh.timeout_minutes
+    watchdog.beat("setting up", patience_minutes=patience)
     run = set_up(config)
     saved, total = run.state.step, config.train.steps
     run_log = RunLog(
@@ -40,6 +51,9 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
     )
     run.state = replace(run.state, wandb_id=run_log.wandb_id)
     run_log.event("resumed" if run.state.step else "started", of=total, ranks=dist.get_world_size())
+    if run.preflight is not None:
+        run_log.event("preflight", **asdict(run.preflight))
+    stragglers = Stragglers(config.guard, run.mesh, dtype=getattr(torch, config.model.dtype))
     if run.state.step and run.mesh.is_main:
         log.info("resuming after step %d of %d", run.state.step, total)
     try:
@@ -48,11 +62,13 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
                 received = _signal_of_any_rank(stop)
                 if received:
                     break
-                _step(run, run_log)
+                _step(run, run_log, stragglers, watchdog)
                 if run.state.step % config.checkpoint.every == 0 or run.state.step == total:
+                    watchdog.beat(f"saving step {run.state.step}", patience_minutes=patience)
                     save(run)
                     saved = run.state.step
             if run.state.step > saved:
+                watchdog.beat(f"saving step {run.state.step}", patience_minutes=patience)
                 save(run)
             if run.state.step < total and run.mesh.is_main:
                 run_log.event("stopped", signal=received)
@@ -83,17 +99,23 @@ def _signal_of_any_rank(stop: StopRequest | None) -> str | None:
     return signal.Signals(int(number)).name if number else None
 
 
-def _step(run: Run, run_log: RunLog) -> None:
+def _step(run: Run, run_log: RunLog, stragglers: Stragglers, watchdog: Watchdog) -> None:
+    number = run.state.step + 1
+    watchdog.beat(f"waiting for the samples of step {number}")
     start = time.perf_counter()
     item: StepBatch = next(run.loader)
     waited = time.perf_counter() - start
     assert item.batch.step == run.state.step, f"the loader is at step {item.batch.step}, the run at {run.state.step}"
+    watchdog.beat(f"in step {number} ({item.phase.kind})")
+    stragglers.before_step(number)
     trained = run.trained[item.phase.kind]
     for other in run.networks:
         if other is not trained:
             other.sleep()
     trained.wake()
-    metrics: dict[str, Any] = run_step(trained, item, roles=run.roles, config=run.config, mesh=run.mesh)
+    metrics: dict[str, Any] = run_step(
+        trained, item, roles=run.roles, config=run.config, mesh=run.mesh, own_time=stragglers.own_time
+    )
     run.state = replace(run.state, step=run.state.step + 1)
     seconds = time.perf_counter() - start
     on_gpu = run.mesh.device.type == "cuda"
@@ -109,3 +131,5 @@ def _step(run: Run, run_log: RunLog) -> None:
             "memory_gib": (torch.cuda.max_memory_allocated() + shared_bytes()) / 2**30 if on_gpu else None,
         }
     )
+    watchdog.beat(f"after step {number}")
+    stragglers.after_step(number, waited, run_log)
