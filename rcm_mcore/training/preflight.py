@@ -174,15 +174,20 @@ def product_error(device: torch.device, dtype: torch.dtype) -> str:
     Every sum of it is an integer of at most 8 bits, so exact in any dtype and order of summation. It is compared on the host
     by Freivalds' check, exactly: (A B) v = A (B v) for random v.
     """
-    size = 2048 if device.type == "cuda" else 256
-    g = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-1, 2, (size, size), generator=g, dtype=torch.int8) for _ in range(2))
+    a, b, v = operands(2048 if device.type == "cuda" else 256)
     c = product(a.to(device, dtype), b.to(device, dtype)).cpu().double()
     if not bool(c.isfinite().all()):
         return f"{int((~c.isfinite()).sum())} of {c.numel()} elements are not finite"
-    v = torch.randint(-1, 2, (size, 16), generator=g, dtype=torch.int8).double()
-    rows = int((c @ v != a.double() @ (b.double() @ v)).any(1).sum())
-    return f"{rows} of {size} rows differ from the exact result" if rows else ""
+    rows = int((c @ v.double() != a.double() @ (b.double() @ v.double())).any(1).sum())
+    return f"{rows} of {len(c)} rows differ from the exact result" if rows else ""
+
+
+def operands(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two matrices to be multiplied, [size, size], and the vectors of the check, [size, 16]; the same on every rank."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (size, size), (size, size), (size, 16)
+    a, b, v = (torch.randint(-1, 2, shape, generator=g, dtype=torch.int8) for shape in shapes)
+    return a, b, v
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Watchdog:
     """Watches this process between `__enter__` and `__exit__`; with 0 minutes it does nothing.
 
     After `minutes` without a beat the stacks of all threads are written to `folder`/rank_NNNNN.txt and an error is logged;
-    after as many more the process ends with EXIT_STALLED. Time in which the process itself was stopped (SIGSTOP) does not count.
+    after as many more the process ends with EXIT_STALLED. Time in which the process itself was stopped (SIGSTOP) does not
+    count.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
