@@ -314,21 +314,24 @@ def test_without_minutes_nothing_is_watched(tmp_path):
 
 def test_a_suspended_process_has_not_stalled(tmp_path):
     """SIGSTOP is how Slurm suspends a job."""
+    minutes = 0.04
     code = f"""
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from rcm_mcore.training.watchdog import Watchdog
-with Watchdog(Path({str(tmp_path)!r}), {MINUTES}) as dog:
+with Watchdog(Path({str(tmp_path)!r}), {minutes}) as dog:
     dog.beat("in a step")
+    time.sleep(0.5)  # until the watchdog has seen that
     print("ready", flush=True)
-    time.sleep({60 * MINUTES / 2})
+    for _ in range(8):  # it goes on for a while after it was stopped
+        time.sleep(0.1)
 assert "torch" not in sys.modules
 """
     with subprocess.Popen([sys.executable, "-c", code], env=launch.environment(), stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"ready\n"
         child.send_signal(signal.SIGSTOP)
-        time.sleep(60 * MINUTES * 2.5)
+        time.sleep(60 * minutes * 2)
         child.send_signal(signal.SIGCONT)
         assert child.wait(60) == 0
     assert list(tmp_path.iterdir()) == []

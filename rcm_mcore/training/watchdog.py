@@ -61,7 +61,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None) -> None:
         self._leave.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(10.0)
 
     def beat(self, what: str, *, patience_minutes: float = 0.0) -> None:
         """A sign of life: this rank begins `what`, for which it may take `patience_minutes` if that is longer than usual."""
