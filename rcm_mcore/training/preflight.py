@@ -196,7 +196,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def allreduce_rates(mesh: Mesh) -> dict[str, float]:
-    """Collective: bus bandwidth in 1e9 bytes/s of float32 all-reduces, best of five, over the groups of more than one rank."""
+    """Collective: bus bandwidth in 1e9 bytes/s of five float32 all-reduces, over the groups of more than one rank."""
     rates: dict[str, float] = {}
     groups = {"dp_cp": mesh.groups.dp_cp, "tp": mesh.tp_group}
     for name, group in groups.items():
@@ -205,13 +205,13 @@ def allreduce_rates(mesh: Mesh) -> dict[str, float]:
         x = torch.zeros((64 if mesh.device.type == "cuda" else 1) * 2**18, device=mesh.device)
         watch = Stopwatch(mesh.device)
         dist.all_reduce(x, group=group)  # connects the ranks
-        for _ in range(5):
-            watch.begin()
+        watch.begin()
+        for _ in range(5):  # in one span: of single ones, the rank that comes last sees the shortest
             dist.all_reduce(x, group=group)
-            watch.end()
+        watch.end()
         # What a ring sends and receives for each byte of the result.
         sent = 2 * (group.size() - 1) / group.size() * x.nbytes
-        rates[name] = sent / min(watch.take()) / 1e9
+        rates[name] = 5 * sent / watch.take()[0] / 1e9
     return rates
 
 
