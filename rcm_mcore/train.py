@@ -17,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
 
     One line on stderr says what was wrong. A run that SIGUSR1 or SIGTERM asked to stop finishes its step, saves, and exits with
     75; under torchrun with 0, since torchrun would start a process again that exits with anything else, and hides the number.
+    A rank in which nothing has moved for twice guard.stall_minutes is ended with 76 (training/watchdog.py): started again, the
+    run goes on from its newest checkpoint.
     """
     with listening() as stop:
         return _main(argv, stop)

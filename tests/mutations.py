@@ -760,5 +760,76 @@ SHEETS = (
     )
 )
 
+GUARDS = (
+    _mutations(
+        "rcm_mcore/training/preflight.py",
+        "tests/test_guards.py",
+        ("_digest(path.read_bytes())", "_digest(path.name.encode())", "test_facts_are_versions_sources_and_every_field"),
+        ("2 * counts[0][1] > len(values)", "2 * counts[0][1] >= len(values)", "test_without_a_majority_all_ranks_are_named"),
+        ("abs(clock - median) > MAX_SKEW", "clock - median > MAX_SKEW", "test_a_clock_that_is_off_is_named"),
+        ("statistics.median_high(", "statistics.median(", "test_a_rate_below_the_others_is_named"),
+        ("if rate < SLOW * median", "if not rate >= SLOW * median", "test_a_rate_below_the_others_is_named"),
+        (".any(1).sum())", ".all(1).sum())", "test_one_wrong_element_of_a_product_is_seen"),
+        ("    if wrong:\n", "    if False:\n", "test_a_rank_that_computes_wrongly_is_refused_on_both"),
+    )
+    + _mutations(
+        "rcm_mcore/training/watchdog.py",
+        "tests/test_guards.py",
+        ("min(now - last, 2 * tick)", "now - last", "test_a_suspended_process_has_not_stalled"),
+        ("max(self.seconds, 60.0 * patience_minutes)", "self.seconds", "test_a_slow_run_that_moves_is_left_alone"),
+        ("if self._beat is not seen:", "if False:", "test_a_slow_run_that_moves_is_left_alone"),
+        (
+            "self._beat, 0.0, False\n            elif",
+            "self._beat, 0.0, True\n            elif",
+            "test_a_run_that_moves_again_goes_on",
+        ),
+        ("all_threads=True", "all_threads=False", "test_a_stall_is_written_down_and_ends_the_process"),
+        ("os._exit(EXIT_STALLED)", "os._exit(1)", "test_a_stall_is_written_down_and_ends_the_process"),
+        (  # in the watchdog's own thread, which a dead file system then stops
+            'threading.Thread(target=self._write, args=(seen,), name="watchdog-writer", daemon=True).start()',
+            "self._write(seen)",
+            "test_a_file_system_that_hangs_does_not_keep_a_hung_run",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/training/stragglers.py",
+        "tests/test_guards.py",
+        ("statistics.median_low(", "statistics.median(", "test_slow_ranks"),
+        ("math.isfinite(x) and x > ratio", "x > ratio", "test_slow_ranks"),
+        (" and x > median + floor", "", "test_slow_ranks"),
+        ("self._first = True", "self._first = False", "test_times_are_means_of_the_steps_since_the_last_report_but_the_first"),
+        (
+            "waited if self.mesh.reads else math.nan",
+            "waited",
+            "test_a_rank_that_is_handed_its_samples_does_not_wait_for_the_loader",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/training/networks.py",
+        "tests/test_guards.py",
+        (  # the time of a step would hold the wait for the slow rank: all are equally slow
+            """        if before is not None:
+            before()
+        # The schedules hand over what they ran, which may be chunks of the network.
+        finalize_model_grads([trained.ddp], *args, **kwargs)
+""",
+            """        finalize_model_grads([trained.ddp], *args, **kwargs)
+        if before is not None:
+            before()
+""",
+            "test_a_slow_rank_is_named",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/config/schema.py",
+        "tests/test_guards.py",
+        (
+            "if not 1 < self.straggler_ratio",
+            "if not 1 <= self.straggler_ratio",
+            "test_impossible_settings_are_refused_by_field",
+        ),
+    )
+)
+
 # Every table of this file.
 MUTATIONS = [mutation for name, table in list(globals().items()) if name.isupper() for mutation in table]

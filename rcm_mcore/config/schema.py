@@ -191,6 +191,23 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What watches a run (docs/guards.md)."""
+
+    preflight: bool = True  # measure ranks and links before training; that code and configuration are equal is always checked
+    stall_minutes: float = 10.0  # without a sign of life: stacks are written, after as long again the run ends; 0: never
+    straggler_every: int = 50  # steps between comparisons of the ranks' times; 0: none
+    straggler_ratio: float = 1.5  # a rank is slow above this multiple of the median
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stall_minutes < math.inf:
+            raise ValueError(f"guard.stall_minutes={self.stall_minutes}: must be positive, or 0 for no watchdog")
+        _at_least("guard.straggler_every", self.straggler_every, 0)
+        if not 1 < self.straggler_ratio < math.inf:
+            raise ValueError(f"guard.straggler_ratio={self.straggler_ratio}: must be above 1, such as 1.5")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -204,6 +221,7 @@ class Config:
     checkpoint: CheckpointConfig
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         tokens_per_sample(self.model, self.data.latent_shape)

@@ -99,6 +99,8 @@ def init_distributed(*, timeout_minutes: float = 30.0) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its former name
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL's flight recorder keeps
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         timeout = timedelta(minutes=timeout_minutes)

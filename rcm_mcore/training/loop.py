@@ -6,12 +6,14 @@ import logging
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rcm_mcore.config import Config
+from rcm_mcore.distill.phases import cycle_of
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
 from rcm_mcore.training.recovery import Recovery
@@ -20,6 +22,9 @@ from rcm_mcore.training.setup import Run, gather_data_state, set_up
 from rcm_mcore.training.sheets import Sheets
 from rcm_mcore.training.signals import StopRequest
 from rcm_mcore.training.step import NonFiniteError, StepBatch, run_step
+from rcm_mcore.training.stragglers import Stragglers
+from rcm_mcore.training.throughput import Throughput
+from rcm_mcore.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -29,50 +34,129 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
 
     The last state is saved either way. Returns the run; it is finished if `run.state.step` is train.steps.
     """
-    run = set_up(config)
-    total = config.train.steps
-    sheets = Sheets(config, run.mesh, run.networks, run.roles.negative) if config.log.sheet_every else None
-    run_log = RunLog(
-        run.folder.root,
-        config.log,
-        is_main=run.mesh.is_main,
-        start=run.state.step,
-        total=total,
-        resolved=asdict(config),
-        wandb_id=run.state.wandb_id,
-    )
-    run.state = replace(run.state, wandb_id=run_log.wandb_id)
-    run_log.event("resumed" if run.state.step else "started", of=total, ranks=dist.get_world_size())
-    if run.state.step and run.mesh.is_main:
-        log.info("resuming after step %d of %d", run.state.step, total)
-    saver = Saver(run.folder, run.networks, config=config, mesh=run.mesh, report=run_log.event)
-    saver.saved_step = run.state.step
-    recovery = Recovery(run, run_log, saver)
-    try:
+    with Watchdog(Path(config.checkpoint.dir) / "stacks", config.guard.stall_minutes) as watchdog:
+        # Loading and saving are one beat each: they may take as long as ranks wait for one another.
+        watchdog.beat("setting up", patience_minutes=config.mesh.timeout_minutes)
+        run = set_up(config)
+        training = _Training(run, stop, watchdog)
+        try:
+            training.run_to_the_end()
+        finally:
+            training.close()
+    return run
+
+
+class _Training:
+    """A run with all that watches over it."""
+
+    def __init__(self, run: Run, stop: StopRequest | None, watchdog: Watchdog) -> None:
+        config, ranks = run.config, dist.get_world_size()
+        self.run, self.config, self.stop, self.watchdog = run, config, stop, watchdog
+        resumed = run.state.step > 0
+        self.log = RunLog(
+            run.folder.root,
+            config.log,
+            is_main=run.mesh.is_main,
+            start=run.state.step,
+            total=config.train.steps,
+            cycle=cycle_of(config.distill) if config.train.objective == "distill" else 1,
+            resolved=asdict(config),
+            wandb_id=run.state.wandb_id,
+        )
+        run.state = replace(run.state, wandb_id=self.log.wandb_id)
+        self.log.event("resumed" if resumed else "started", of=config.train.steps, ranks=ranks)
+        if run.preflight is not None:
+            self.log.event("preflight", **asdict(run.preflight))
+        matmul = run.preflight.matmul_tflops if run.preflight is not None else None
+        self.throughput = Throughput(config=config, ranks=ranks, matmul_tflops=matmul)
+        self.stragglers = Stragglers(config.guard, run.mesh, dtype=getattr(torch, config.model.dtype))
+        self.sheets = Sheets(config, run.mesh, run.networks, run.roles.negative) if config.log.sheet_every else None
+        self.saver = Saver(run.folder, run.networks, config=config, mesh=run.mesh, report=self.log.event)
+        self.saver.saved_step = run.state.step
+        self.recovery = Recovery(run, self.log, self.saver)
+        if resumed and run.mesh.is_main:
+            log.info("resuming after step %d of %d", run.state.step, config.train.steps)
+
+    def run_to_the_end(self) -> None:
+        """Collective: the steps that are left, or those until some rank is asked to stop; then the last state is saved."""
+        run, total = self.run, self.config.train.steps
+        received = None
         while run.state.step < total:
-            received, save_failed = _agreed(stop, saver)
+            received, save_failed = _agreed(self.stop, self.saver)
             if save_failed:
-                saver.settle()
+                self.saver.settle()
             if received:
                 break
-            _step(run, run_log, recovery)
-            saver.note_finished()
-            if run.state.step % config.checkpoint.every == 0 and run.state.step != saver.saved_step:
-                save(run, saver)
-            if sheets is not None and run.state.step % config.log.sheet_every == 0:
-                sheets.make(run.state.step, run_log)
-        if run.state.step != saver.saved_step:
-            save(run, saver)
-        saver.settle(last=True)
+            self._step()
+            self.saver.note_finished()
+            if run.state.step % self.config.checkpoint.every == 0 and run.state.step != self.saver.saved_step:
+                self._save()
+            if self.sheets is not None and run.state.step % self.config.log.sheet_every == 0:
+                self.watchdog.beat(f"drawing samples after step {run.state.step}")
+                self.sheets.make(run.state.step, self.log)
+        if run.state.step != self.saver.saved_step:
+            self._save()
+        self.watchdog.beat("writing the last checkpoint", patience_minutes=self.config.mesh.timeout_minutes)
+        self.saver.settle(last=True)
         if run.state.step < total and run.mesh.is_main:
-            run_log.event("stopped", signal=received)
+            self.log.event("stopped", signal=received)
             log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
-    finally:
-        run.loader.close()
-        saver.close()
-        run.folder.unlock()
-        run_log.close()
-    return run
+
+    def close(self) -> None:
+        """Let go of threads, files and the run's folder."""
+        self.run.loader.close()
+        self.saver.close()
+        self.run.folder.unlock()
+        self.log.close()
+
+    def _save(self) -> None:
+        self.watchdog.beat(f"saving step {self.run.state.step}", patience_minutes=self.config.mesh.timeout_minutes)
+        start = time.perf_counter()
+        save(self.run, self.saver)
+        self.log.stood_still(time.perf_counter() - start)
+
+    def _step(self) -> None:
+        run, number = self.run, self.run.state.step + 1
+        self.watchdog.beat(f"waiting for the samples of step {number}")
+        start = time.perf_counter()
+        item: StepBatch = next(run.loader)
+        waited = time.perf_counter() - start
+        assert item.batch.step == run.state.step, f"the loader is at step {item.batch.step}, the run at {run.state.step}"
+        self.watchdog.beat(f"in step {number} ({item.phase.kind})")
+        self.stragglers.before_step(number)
+        trained = run.trained[item.phase.kind]
+        for other in run.networks:
+            if other is not trained:
+                other.sleep()
+        trained.wake()
+        metrics: dict[str, Any] | None
+        try:
+            metrics = {"skipped": 0} | run_step(
+                trained, item, roles=run.roles, config=run.config, mesh=run.mesh, own_time=self.stragglers.own_time
+            )
+            self.recovery.passed()
+        except NonFiniteError as error:
+            metrics = self.recovery.after(error)
+            if metrics is None:
+                return
+        run.state = replace(run.state, step=number)
+        seconds = time.perf_counter() - start
+        on_gpu = run.mesh.device.type == "cuda"
+        self.log.write(
+            metrics
+            | {
+                "step": number,
+                "phase": item.phase.kind,
+                "rollout_steps": item.phase.rollout_steps or None,
+                "seconds": seconds,
+                "data_seconds": waited,
+                "samples_per_second": run.config.train.global_batch_size / seconds,
+                **self.throughput.of_step(item.phase, seconds),
+                "memory_gib": (torch.cuda.max_memory_allocated() + shared_bytes()) / 2**30 if on_gpu else None,
+            }
+        )
+        self.watchdog.beat(f"after step {number}")
+        self.stragglers.after_step(number, waited, self.log)
 
 
 def save(run: Run, saver: Saver) -> None:
@@ -91,38 +175,3 @@ def _agreed(stop: StopRequest | None, saver: Saver) -> tuple[str | None, bool]:
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     number, save_failed = flags.tolist()
     return signal.Signals(number).name if number else None, bool(save_failed)
-
-
-def _step(run: Run, run_log: RunLog, recovery: Recovery) -> None:
-    start = time.perf_counter()
-    item: StepBatch = next(run.loader)
-    waited = time.perf_counter() - start
-    assert item.batch.step == run.state.step, f"the loader is at step {item.batch.step}, the run at {run.state.step}"
-    trained = run.trained[item.phase.kind]
-    for other in run.networks:
-        if other is not trained:
-            other.sleep()
-    trained.wake()
-    try:
-        metrics: dict[str, Any] = {"skipped": 0} | run_step(trained, item, roles=run.roles, config=run.config, mesh=run.mesh)
-        recovery.passed()
-    except NonFiniteError as error:
-        recovered = recovery.after(error)
-        if recovered is None:
-            return
-        metrics = recovered
-    run.state = replace(run.state, step=run.state.step + 1)
-    seconds = time.perf_counter() - start
-    on_gpu = run.mesh.device.type == "cuda"
-    run_log.write(
-        metrics
-        | {
-            "step": run.state.step,
-            "phase": item.phase.kind,
-            "rollout_steps": item.phase.rollout_steps or None,
-            "seconds": seconds,
-            "data_seconds": waited,
-            "samples_per_second": run.config.train.global_batch_size / seconds,
-            "memory_gib": (torch.cuda.max_memory_allocated() + shared_bytes()) / 2**30 if on_gpu else None,
-        }
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +61,18 @@ def make_trained(
     return trained
 
 
-def finalize_on(trained: Trained, finalize: bool) -> None:
-    """Whether the next schedule call is the one that reduces the gradients over ranks: one call an optimizer step."""
-    # The schedules hand over what they ran, which may be chunks of the network.
-    run = lambda model, *args, **kwargs: finalize_model_grads([trained.ddp], *args, **kwargs)
+def finalize_on(trained: Trained, finalize: bool, *, before: Callable[[], None] | None = None) -> None:
+    """Whether the next schedule call is the one that reduces the gradients over ranks: one call an optimizer step.
+
+    `before` is called just before that reduction.
+    """
+
+    def run(model: Any, *args: Any, **kwargs: Any) -> None:
+        if before is not None:
+            before()
+        # The schedules hand over what they ran, which may be chunks of the network.
+        finalize_model_grads([trained.ddp], *args, **kwargs)
+
     net_config: Any = trained.net.config
     net_config.finalize_model_grads_func = run if finalize else None
     # Only the schedule that finalizes may let gradients go over ranks while it runs: leaving no_sync does that.

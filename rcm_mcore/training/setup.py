@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes
 from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.linears import parallel_linears
-from rcm_mcore.parallel.mesh import Mesh, make_mesh
+from rcm_mcore.parallel.mesh import Mesh, init_distributed, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
+from rcm_mcore.training.preflight import Preflight, preflight, require_same
 from rcm_mcore.training.sheets import check_sheets
 from rcm_mcore.training.state import RunState, read_state
 from rcm_mcore.training.step import with_draws
@@ -48,6 +49,7 @@ class Run:
     loader: DataLoader
     folder: CheckpointFolder
     state: RunState
+    preflight: Preflight | None = None
 
 
 def check(config: Config, world_size: int) -> dict[str, Any]:
@@ -215,7 +217,11 @@ def check_teacher(config: Config) -> None:
 
 def set_up(config: Config) -> Run:
     """Collective: build the run and resume it if `checkpoint.dir` holds a usable checkpoint."""
-    mesh = make_mesh(resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[0])
+    resolved = resolve_mesh(config.model, config.mesh, ranks_per_node=ranks_per_node())[0]
+    init_distributed(timeout_minutes=resolved.timeout_minutes)
+    require_same(replace(config, mesh=resolved))  # before the groups of a mesh: of two meshes they would wait for ever
+    mesh = make_mesh(resolved)
+    measured = preflight(config, mesh) if config.guard.preflight else None
     folder = CheckpointFolder(config.checkpoint.dir, mesh.checkpoint_group)
     folder.lock_if_there()
     resume_from = folder.newest()
@@ -227,7 +233,15 @@ def set_up(config: Config) -> Run:
     loader = make_loader(config, mesh, state)
     folder.make()  # last, so that a run that cannot start leaves nothing behind
     return Run(
-        config=config, mesh=mesh, roles=roles, trained=trained, networks=networks, loader=loader, folder=folder, state=state
+        config=config,
+        mesh=mesh,
+        roles=roles,
+        trained=trained,
+        networks=networks,
+        loader=loader,
+        folder=folder,
+        state=state,
+        preflight=measured,
     )
 
 

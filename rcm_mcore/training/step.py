@@ -32,6 +32,7 @@ from rcm_mcore.distill.steps import (
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training import pipeline
 from rcm_mcore.training.networks import Trained, finalize_on
+from rcm_mcore.training.stragglers import Stopwatch
 
 _APART = 1_000_003  # between the seeds of a run and of what follows a rollback; nobody chooses seeds so far apart
 
@@ -82,8 +83,12 @@ def terms_of(phase: Phase, roles: Roles, config: Config) -> list[MicroBatchStep]
     return terms
 
 
-def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config, mesh: Mesh) -> dict[str, float]:
+def run_step(
+    trained: Trained, item: StepBatch, *, roles: Roles, config: Config, mesh: Mesh, own_time: Stopwatch | None = None
+) -> dict[str, float]:
     """One optimizer step of `trained`; returns the metrics of the global batch (documented in training/log.py).
+
+    `own_time` gets a span: what this rank does before it waits for other data-parallel ranks.
 
     Raises NonFiniteError, before the weights are touched, when the share of non-finite samples is above
     train.max_nonfinite_share or the gradient is not finite.
@@ -91,13 +96,15 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
     latents, condition, bad_samples = _received(item, config, mesh)
+    if own_time is not None:
+        own_time.begin()
     size = config.train.micro_batch_size
     microbatches = list(_microbatches(latents, condition, item.draws.to(mesh.device), size))
     terms: list[Any] = list(terms_of(item.phase, roles, config))  # partials
     sums: dict[str, Tensor] = {}
     for i, term in enumerate(terms):
         last = i == len(terms) - 1
-        finalize_on(trained, last)
+        finalize_on(trained, last, before=own_time.end if own_time is not None else None)
         with contextlib.nullcontext() if last else trained.ddp.no_sync():
             if mesh.pp_size > 1:
                 outcomes = pipeline.forward_backward(trained, term, microbatches, mesh)
