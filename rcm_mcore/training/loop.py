@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from rcm_mcore.config import Config
+from rcm_mcore.distill.phases import cycle_of
 from rcm_mcore.parallel.shared_memory import shared_bytes
 from rcm_mcore.training.log import RunLog
 from rcm_mcore.training.setup import Run, gather_data_state, set_up
 from rcm_mcore.training.signals import StopRequest
 from rcm_mcore.training.state import write_state
 from rcm_mcore.training.step import StepBatch, run_step
+from rcm_mcore.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +37,13 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
         is_main=run.mesh.is_main,
         start=run.state.step,
         total=total,
+        cycle=cycle_of(config.distill) if config.train.objective == "distill" else 1,
         resolved=asdict(config),
         wandb_id=run.state.wandb_id,
     )
     run.state = replace(run.state, wandb_id=run_log.wandb_id)
     run_log.event("resumed" if run.state.step else "started", of=total, ranks=dist.get_world_size())
+    throughput = Throughput(config=config, ranks=dist.get_world_size())
     if run.state.step and run.mesh.is_main:
         log.info("resuming after step %d of %d", run.state.step, total)
     try:
@@ -48,12 +52,12 @@ def train(config: Config, stop: StopRequest | None = None) -> Run:
                 received = _signal_of_any_rank(stop)
                 if received:
                     break
-                _step(run, run_log)
+                _step(run, run_log, throughput)
                 if run.state.step % config.checkpoint.every == 0 or run.state.step == total:
-                    save(run)
+                    _save(run, run_log)
                     saved = run.state.step
             if run.state.step > saved:
-                save(run)
+                _save(run, run_log)
             if run.state.step < total and run.mesh.is_main:
                 run_log.event("stopped", signal=received)
                 log.info("%s: stopped after step %d of %d; started again, the run goes on", received, run.state.step, total)
@@ -72,6 +76,12 @@ def save(run: Run) -> None:
     )
 
 
+def _save(run: Run, run_log: RunLog) -> None:
+    start = time.perf_counter()
+    save(run)
+    run_log.saved(time.perf_counter() - start)
+
+
 def _signal_of_any_rank(stop: StopRequest | None) -> str | None:
     """Collective: the name of the signal that asked some rank to stop, or None; the same on every rank.
 
@@ -83,7 +93,7 @@ def _signal_of_any_rank(stop: StopRequest | None) -> str | None:
     return signal.Signals(int(number)).name if number else None
 
 
-def _step(run: Run, run_log: RunLog) -> None:
+def _step(run: Run, run_log: RunLog, throughput: Throughput) -> None:
     start = time.perf_counter()
     item: StepBatch = next(run.loader)
     waited = time.perf_counter() - start
@@ -106,6 +116,7 @@ def _step(run: Run, run_log: RunLog) -> None:
             "seconds": seconds,
             "data_seconds": waited,
             "samples_per_second": run.config.train.global_batch_size / seconds,
+            **throughput.of_step(item.phase, seconds),
             "memory_gib": (torch.cuda.max_memory_allocated() + shared_bytes()) / 2**30 if on_gpu else None,
         }
     )

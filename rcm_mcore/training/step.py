@@ -32,6 +32,7 @@ from rcm_mcore.distill.steps import (
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training import pipeline
 from rcm_mcore.training.networks import Trained, finalize_on
+from rcm_mcore.training.throughput import Stopwatch
 
 
 class NonFiniteError(RuntimeError):
@@ -74,7 +75,7 @@ def terms_of(phase: Phase, roles: Roles, config: Config) -> list[MicroBatchStep]
     return terms
 
 
-def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config, mesh: Mesh) -> dict[str, float]:
+def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config, mesh: Mesh) -> dict[str, float | None]:
     """One optimizer step of `trained`; returns the metrics of the global batch (documented in training/log.py).
 
     Raises NonFiniteError, before the weights are touched, when the share of non-finite samples is above
@@ -87,6 +88,8 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
     microbatches = list(_microbatches(latents, condition, item.draws.to(mesh.device), size))
     terms: list[Any] = list(terms_of(item.phase, roles, config))  # partials
     sums: dict[str, Tensor] = {}
+    watch = Stopwatch(mesh.device)
+    watch.start()
     for i, term in enumerate(terms):
         last = i == len(terms) - 1
         finalize_on(trained, last)
@@ -98,6 +101,7 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
             for outcome in outcomes:
                 for name, value in outcome.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
+    watch.stop()
     # Every rank has every metric, also one whose microbatches were all left out.
     nothing = {name: torch.zeros((), dtype=torch.float64) for term in terms for name in _METRICS[term.func]}
     sums = nothing | _from_last_stage(sums, mesh) | {"bad_samples": bad_samples}
@@ -113,12 +117,13 @@ def run_step(trained: Trained, item: StepBatch, *, roles: Roles, config: Config,
             f"step {item.batch.step}: {share:.0%} of the samples are not finite ({metrics['nonfinite_output']:.0f} outputs, "
             f"{metrics['nonfinite_target']:.0f} targets), above train.max_nonfinite_share={config.train.max_nonfinite_share}"
         )
-    metrics |= _update(trained, item, config)
-    return metrics
+    # A GPU has come to the end of the backward: the metrics were read from it.
+    return metrics | {"forward_backward_seconds": watch.seconds()} | _update(trained, item, config)
 
 
-def _update(trained: Trained, item: StepBatch, config: Config) -> dict[str, float]:
+def _update(trained: Trained, item: StepBatch, config: Config) -> dict[str, float | None]:
     """Optimizer step and EMA from the reduced gradients."""
+    trained.watch.start()
     optimizer, lr = trained.optimizer, trained.lr(config)
     optimizer.set_lr(lr)
     grad_norm = optimizer.prepare_and_clip()
@@ -129,7 +134,7 @@ def _update(trained: Trained, item: StepBatch, config: Config) -> dict[str, floa
     if optimizer.has_ema:
         assert config.optim.ema_length is not None, "an EMA has a length"
         optimizer.update_ema(ema_beta(config.optim.ema_length, trained.steps))
-    return {"grad_norm": grad_norm, "lr": lr}
+    return {"grad_norm": grad_norm, "lr": lr, "optimizer_seconds": trained.watch.stop()}
 
 
 def _forward_backward(
@@ -208,7 +213,7 @@ def _microbatches(latents: Tensor, condition: Condition, draws: Draws, size: int
 _METRICS: dict[Any, tuple[str, ...]] = {
     pretrain_step: ("loss", "nonfinite_target"),
     consistency_step: ("loss_scm", "g_norm", "teacher_gap", "nonfinite_target"),
-    distillation_step: ("loss_dmd", "dmd_weight", "nonfinite_target"),
+    distillation_step: ("loss_dmd", "dmd_weight", "score_gap", "nonfinite_target"),
     critic_step: ("loss_critic", "nonfinite_target"),
 }
 _COUNTS = ("nonfinite_output", "nonfinite_target", "bad_samples")
