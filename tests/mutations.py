@@ -674,6 +674,79 @@ SLURM = (
     )
 )
 
+OPERATOR = (
+    _mutations(
+        "rcm_mcore/training/throughput.py",
+        "tests/test_throughput.py",
+        ("self_attention = 2 *", "self_attention = 1 *", "test_flops_are_those_that_torch_counts_in_diffusers_network"),
+        (
+            "+ 3 * model.num_layers * self",
+            "+ 2 * model.num_layers * self",
+            "test_flops_of_passes_are_those_that_torch_counts_in_ours",
+        ),
+        (
+            "+ image * (model.image_dim**2 ",
+            "+ image * (model.image_dim ",
+            "test_flops_are_those_that_torch_counts_in_diffusers_network",
+        ),
+        ("else 2, phase", "else 1, phase", "test_flops_of_a_step_are_those_of_the_passes_it_asks_for"),
+        (
+            "(rollout + 1 + teacher + backward)",
+            "(1 + teacher + backward)",
+            "test_flops_of_a_step_are_those_of_the_passes_it_asks_for",
+        ),
+        (") / self.ranks / seconds", ") / seconds", "test_rates_of_a_step"),
+        ("return before if self._on_gpu else", "return", "test_times_on_a_gpu_are_read_when_it_has_come_there"),
+        (" if end.query() else None", "", "test_times_on_a_gpu_are_read_when_it_has_come_there"),
+    )
+    + _mutations(
+        "rcm_mcore/distill/steps.py",
+        "tests/test_steps.py",
+        (
+            "(fake - teacher).flatten(1).norm(dim=1).sum()",
+            "(fake - generated).flatten(1).norm(dim=1).sum()",
+            "test_distillation_step",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/training/console.py",
+        "tests/test_log.py",
+        ('or line["step"] == self._total ', "", "test_lines_come_every_thirty_seconds_and_for_the_first_and_last_step"),
+        ("now - self._last >= INTERVAL", "True", "test_lines_come_every_thirty_seconds_and_for_the_first_and_last_step"),
+        ("maxlen=cycle", "maxlen=1", "test_a_line_says_what_is_done_and_when_the_run_ends"),
+        ("* (seconds + saving)", "* seconds", "test_a_line_says_what_is_done_and_when_the_run_ends"),
+    )
+    + _mutations(
+        "rcm_mcore/training/log.py",
+        "tests/test_log.py",
+        ('values["step"], None', 'values["step"], self._save_seconds', "test_a_save_is_in_the_next_line_alone_and_an_event"),
+    )
+    + _mutations(
+        "rcm_mcore/training/wandb_run.py",
+        "tests/test_log.py",
+        ('"g_norm": "norm/tangent"', '"g_norm": "norm/gradient"', "test_wandb_has_the_values_of_the_lines"),
+        ('step=line["step"])', 'step=line["step"] - 1)', "test_wandb_has_the_values_of_the_lines"),
+        ("text.replace(key, ", "text.replace(key[:0], ", "test_a_run_goes_on_without_wandb"),
+        ("        except Exception as error:\n", "        except ValueError as error:\n", "test_a_run_goes_on_without_wandb"),
+        ("self._thread.join(SECONDS + _MARGIN)", "self._thread.join()", "test_a_run_goes_on_without_wandb"),
+        ("        except queue.Full:\n", "        except queue.Empty:\n", "test_lines_that_wandb_does_not_take_do_not_pile_up"),
+    )
+    + _mutations(
+        "rcm_mcore/evaluation/run_report.py",
+        "tests/test_run_report.py",
+        (
+            "        except ValueError:\n            continue\n",
+            "        except KeyError:\n            continue\n",
+            "test_the_command_line",
+        ),
+        ("escape(cell)", "cell", "test_events_and_the_newest_sheets_are_shown"),
+        ("<h1>{name}</h1>", "<h1>{root.name}</h1>", "test_the_page_stands_alone_and_holds_text_as_text"),
+        ("reverse=True)[:_SHEETS]", "reverse=False)[:_SHEETS]", "test_events_and_the_newest_sheets_are_shown"),
+        ("is_log = 0 < 10 * low < high", "is_log = False", "test_curves_go_through_the_values"),
+        ('if x.get("phase") == phase), "seconds"', 'if x.get("phase")), "seconds"', "test_the_numbers_are_those_of_the_lines"),
+    )
+)
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,
@@ -696,4 +769,5 @@ MUTATIONS = [
     *VAE,
     *SAMPLE,
     *SLURM,
+    *OPERATOR,
 ]

@@ -114,7 +114,7 @@ def records(path):
     data, at, parts = path.read_bytes(), 7, []
     assert data[:4] == b":W&B"
     while at < len(data):
-        left = -at % 32768
+        left = 32768 - at % 32768
         if left < 7:
             at += left
             continue
@@ -160,6 +160,7 @@ def test_wandb_has_the_values_of_the_lines(tmp_path, offline):
     again = run_log(tmp_path, wandb=True, start=7, wandb_id=log.wandb_id)
     again.write(line(8))
     again.close()
+    wandb.teardown()  # its process closes files after `finish` has returned
 
     ((found, (config, history)),) = offline_runs(tmp_path).items()
     assert found == log.wandb_id == again.wandb_id and config["train"] == {"steps": 20}
