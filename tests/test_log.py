@@ -6,6 +6,7 @@ import re
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -39,6 +40,11 @@ def run_log(folder, *, wandb=False, start=0, total=20, wandb_id=None, **resolved
 
 def events(folder):
     return [json.loads(text) for text in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_the_guide_names_every_key():
+    guide = (Path(__file__).parent.parent / "docs" / "monitoring.md").read_text()
+    assert [key for key in KEYS if f"`{key}`" not in guide] == []
 
 
 # Lines on stderr.
