@@ -47,10 +47,10 @@ class Console:
         waits = sum(x["data_seconds"] for x in self._lines) / count / seconds
         tokens = line["tokens_per_second"] * line["seconds"]  # the same in every step
         end = time.localtime(time.time() + (self._total - line["step"]) * (seconds + saving))
-        norm = "" if line["g_norm"] is None else f", g_norm {line['g_norm']:.4g}"
+        done = ", ".join([line["phase"], *(f"{k} {line[k]:.4g}" for k in ("loss", "g_norm") if line[k] is not None)])
         memory = "" if line["memory_gib"] is None else f", {line['memory_gib']:.1f} GiB"
         return (
-            f"step {line['step']} of {self._total}: {line['phase']}, loss {line['loss']:.4g}{norm}; {seconds:.3g} s a step, "
+            f"step {line['step']} of {self._total}: {done}; {seconds:.3g} s a step, "
             f"ends {time.strftime('%a %Y-%m-%d %H:%M', end)}, {tokens / seconds:.4g} tokens/s, "
             f"{waits:.0%} waiting for data{memory}"
         )
