@@ -670,11 +670,6 @@ SAMPLE = (
         ("dst_colorspace=_BT709, ", "", "test_an_mp4_decodes_to_the_video"),
         ("        partial.unlink(missing_ok=True)\n", "", "test_a_write_that_fails_leaves_nothing"),
     )
-    + _mutations(
-        "tools/benchmark_sample.py",
-        "tests/test_benchmark_sample.py",
-        ("2 * tokens**2 * width", "tokens**2 * width", "test_flops_are_those_that_torch_counts_in_diffusers_network"),
-    )
 )
 
 SLURM = (
@@ -682,8 +677,11 @@ SLURM = (
         "rcm_mcore/training/loop.py",
         "tests/test_signals.py",
         ("dist.ReduceOp.MAX)", "dist.ReduceOp.MIN)", "test_every_rank_saves_the_same_step_and_stops"),
-        ("if run.state.step > saved:\n", "if False:\n", "test_every_rank_saves_the_same_step_and_stops"),
-        ("if run.state.step > saved:\n", "if True:\n", "test_every_rank_saves_the_same_step_and_stops"),
+        (
+            "        if run.state.step != self.saver.saved_step:\n            self._save()\n        self.watchdog",
+            "        self.watchdog",
+            "test_every_rank_saves_the_same_step_and_stops",
+        ),
     )
     + _mutations(
         "rcm_mcore/train.py",
@@ -828,6 +826,82 @@ GUARDS = (
             "if not 1 <= self.straggler_ratio",
             "test_impossible_settings_are_refused_by_field",
         ),
+    )
+)
+
+OPERATOR = (
+    _mutations(
+        "rcm_mcore/training/throughput.py",
+        "tests/test_throughput.py",
+        ("self_attention = 2 *", "self_attention = 1 *", "test_flops_are_those_that_torch_counts_in_diffusers_network"),
+        (
+            "+ 3 * model.num_layers * self",
+            "+ 2 * model.num_layers * self",
+            "test_flops_of_passes_are_those_that_torch_counts_in_ours",
+        ),
+        (
+            "+ image * (model.image_dim**2 ",
+            "+ image * (model.image_dim ",
+            "test_flops_are_those_that_torch_counts_in_diffusers_network",
+        ),
+        ("else 2, phase", "else 1, phase", "test_flops_of_a_step_are_those_of_the_passes_it_asks_for"),
+        (
+            "(rollout + 1 + teacher + backward)",
+            "(1 + teacher + backward)",
+            "test_flops_of_a_step_are_those_of_the_passes_it_asks_for",
+        ),
+        (") / self.ranks / seconds", ") / seconds", "test_rates_of_a_step"),
+    )
+    + _mutations(
+        "rcm_mcore/training/stopwatch.py",
+        "tests/test_throughput.py",
+        ("            spans[-1][1].synchronize()\n", "            pass\n", "test_times_on_a_gpu_are_waited_for_once"),
+    )
+    + _mutations(
+        "rcm_mcore/distill/steps.py",
+        "tests/test_steps.py",
+        (
+            "(fake - teacher).flatten(1).norm(dim=1).sum()",
+            "(fake - generated).flatten(1).norm(dim=1).sum()",
+            "test_distillation_step",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/training/console.py",
+        "tests/test_log.py",
+        ('or line["step"] == self._total ', "", "test_lines_come_every_thirty_seconds_and_for_the_first_and_last_step"),
+        ("now - self._last >= INTERVAL", "True", "test_lines_come_every_thirty_seconds_and_for_the_first_and_last_step"),
+        ("maxlen=cycle", "maxlen=1", "test_a_line_says_what_is_done_and_when_the_run_ends"),
+        ("* (seconds + saving)", "* seconds", "test_a_line_says_what_is_done_and_when_the_run_ends"),
+    )
+    + _mutations(
+        "rcm_mcore/training/log.py",
+        "tests/test_log.py",
+        ('values["step"], None', 'values["step"], self._save_seconds', "test_a_save_is_in_the_next_line_alone"),
+    )
+    + _mutations(
+        "rcm_mcore/training/wandb_run.py",
+        "tests/test_log.py",
+        ('"g_norm": "norm/tangent"', '"g_norm": "norm/gradient"', "test_wandb_has_the_values_of_the_lines"),
+        ('step=line["step"])', 'step=line["step"] - 1)', "test_wandb_has_the_values_of_the_lines"),
+        ("text.replace(key, ", "text.replace(key[:0], ", "test_a_run_goes_on_without_wandb"),
+        ("        except Exception as error:\n", "        except ValueError as error:\n", "test_a_run_goes_on_without_wandb"),
+        ("self._thread.join(SECONDS + _MARGIN)", "self._thread.join()", "test_a_run_goes_on_without_wandb"),
+        ("        except queue.Full:\n", "        except queue.Empty:\n", "test_lines_that_wandb_does_not_take_do_not_pile_up"),
+    )
+    + _mutations(
+        "rcm_mcore/evaluation/run_report.py",
+        "tests/test_run_report.py",
+        (
+            "        except ValueError:\n            continue\n",
+            "        except KeyError:\n            continue\n",
+            "test_the_command_line",
+        ),
+        ("escape(cell)", "cell", "test_events_and_the_newest_sheets_are_shown"),
+        ("<h1>{name}</h1>", "<h1>{root.name}</h1>", "test_the_page_stands_alone_and_holds_text_as_text"),
+        ("reverse=True)[:_SHEETS]", "reverse=False)[:_SHEETS]", "test_events_and_the_newest_sheets_are_shown"),
+        ("is_log = 0 < 10 * low < high", "is_log = False", "test_curves_go_through_the_values"),
+        ('if x.get("phase") == phase), "seconds"', 'if x.get("phase")), "seconds"', "test_the_numbers_are_those_of_the_lines"),
     )
 )
 

@@ -25,7 +25,10 @@ CHANGES = [
     ("tp2", "pp2"),
     ("pp2", "dp2"),
 ]  # a run's mesh, and that of its continuation
-TIMES = {"seconds", "data_seconds", "samples_per_second"}
+TIMES = {
+    "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "tflops_per_rank", "forward_backward_seconds",
+    "optimizer_seconds", "save_seconds",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -155,7 +155,7 @@ def distillation(roles, batch, cfg, i):
     fake, teacher = clean(roles.fake_score, x_t, t, text), clean(guided(roles, cfg), x_t, t, text)
     weight = (x_g - teacher).abs().mean().clamp(min=1e-5)
     target = (x_g - (fake - teacher) / weight).detach()
-    return (x_g - target).square().sum(), weight.detach()
+    return (x_g - target).square().sum(), weight.detach(), (fake - teacher).norm().detach()
 
 
 def critic(roles, batch, i):
@@ -213,9 +213,11 @@ def test_distillation_step(roles, batch, guidance):
     cfg = config(guidance=guidance)
     loss, metrics = distillation_step(batch, roles, cfg)
     terms = [distillation(roles, batch, cfg, i) for i in range(B)]
-    total, weights = (sum(column) for column in zip(*terms))
+    total, weights, gaps = (sum(column) for column in zip(*terms))
     assert float(loss) == pytest.approx(float(2 * total / B), rel=1e-10)
-    assert_metrics(metrics, samples=B, nonfinite_output=0, nonfinite_target=0, loss_dmd=total, dmd_weight=weights)
+    assert_metrics(
+        metrics, samples=B, nonfinite_output=0, nonfinite_target=0, loss_dmd=total, dmd_weight=weights, score_gap=gaps
+    )  # fmt: skip
     assert_gradients(loss, roles.student, 2 * total / B, others=[roles.teacher, roles.fake_score])
 
 
@@ -320,6 +322,8 @@ def test_distillation_step_without_a_bad_sample(roles, batch, role, bad):
     assert_gradients(loss, roles.student, want)
     left_out = role == "student"
     assert float(loss) == pytest.approx(float(want), rel=1e-10) and finite(metrics)
+    gap = sum(distillation(roles, batch, cfg, i)[2] for i in (0, 2, 3))
+    assert float(metrics["score_gap"]) == pytest.approx(float(gap), rel=1e-10)
     assert int(metrics["nonfinite_output"]) == left_out and int(metrics["nonfinite_target"]) == (not left_out)
 
 

@@ -106,7 +106,17 @@ def test_the_cycle_is_student_critic_student(runs):
 def test_equals_one_rank(runs, name):
     reference = reference_of(CASES[name][1])
     for ours, one in zip(tiny.log_lines(runs / name), tiny.log_lines(runs / reference), strict=True):
-        for key in ("loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm"):
+        for key in (
+            "loss",
+            "loss_scm",
+            "loss_dmd",
+            "loss_critic",
+            "g_norm",
+            "teacher_gap",
+            "score_gap",
+            "dmd_weight",
+            "grad_norm",
+        ):
             assert (ours[key] is None) == (one[key] is None)
             assert one[key] is None or abs(ours[key] - one[key]) <= 2e-4 * abs(one[key]), (ours["step"], key)
     for step in (1, 2, 3):

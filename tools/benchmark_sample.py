@@ -40,6 +40,7 @@ from rcm_mcore.models.common.parameters import full_shape, local_shard
 from rcm_mcore.parallel.mesh import Mesh, destroy_mesh, make_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.sampling.background import Background
+from rcm_mcore.training.throughput import model_flops
 
 GIB = 2**30
 TEACHER_STEPS = 50
@@ -74,20 +75,6 @@ class Case:
         """Samples; noise and text are drawn before."""
         velocity, start = self.velocity(GUIDANCE), self.normal("sample-0", *self.latent)
         return lambda: list(sample_ode(velocity, start, steps=steps, shift=SHIFT))[-1]
-
-
-def forward_flops(model: ModelConfig, tokens: int) -> float:
-    """Of Wan's matmuls in the forward of one sample of so many tokens, a multiplication and an addition each counted."""
-    width, ffn, text = model.hidden_size, model.ffn_hidden_size, model.text_len
-    patch = model.in_channels
-    for size in model.patch_size:
-        patch *= size
-    self_attention = 4 * tokens * width**2 + 2 * tokens**2 * width
-    cross_attention = 2 * tokens * width**2 + 2 * text * width**2 + 2 * tokens * text * width
-    layer = self_attention + cross_attention + 2 * tokens * width * ffn
-    embedders = 2 * tokens * patch * width + text * (model.text_dim * width + width**2)
-    embedders += model.freq_dim * width + 7 * width**2  # of time
-    return 2.0 * (model.num_layers * layer + embedders)
 
 
 @torch.no_grad()
@@ -166,7 +153,7 @@ def sampling_row(case: Case, what: str, run: Callable[[], Tensor], *, evaluation
 
 def sampling_rows(case: Case, steps: list[int], teacher_steps: int) -> list[dict[str, Any]]:
     """Teacher and student."""
-    flops = forward_flops(case.model, tokens_per_sample(case.model, case.latent))
+    flops = model_flops(case.model, tokens_per_sample(case.model, case.latent))
     case.teacher(1)(), case.student(1)()  # allocations and compilation
     name = f"teacher, {TEACHER_STEPS}x2"
     teacher = sampling_row(case, name, case.teacher(teacher_steps), evaluations=2 * teacher_steps, flops=flops)

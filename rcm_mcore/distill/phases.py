@@ -43,6 +43,11 @@ def phase_of(step: int, config: DistillConfig) -> Phase:
     return Phase(kind="student", own_step=own, scm=scm, dmd=True, rollout_steps=rollout)
 
 
+def cycle_of(config: DistillConfig) -> int:
+    """Steps after which the kinds of phases come again, tangent warm-up aside."""
+    return 1 if config.method == "scm" else config.student_every
+
+
 def steps_by_kind(steps: int, config: DistillConfig) -> tuple[int, int]:
     """How many student and critic steps the first `steps` optimizer steps hold."""
     kinds = [phase_of(step, config).kind for step in range(steps)]

@@ -144,7 +144,12 @@ def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcom
     share = condition.generated_share(generated.shape[2])
     losses, weight = score_distillation_loss(generated, fake, teacher, share=share)
     loss = losses.sum()
-    metrics |= {"loss_dmd": loss.detach(), "dmd_weight": weight.sum(), "nonfinite_target": (~usable).sum()}
+    metrics |= {
+        "loss_dmd": loss.detach(),
+        "dmd_weight": weight.sum(),
+        "score_gap": (fake - teacher).flatten(1).norm(dim=1).sum(),
+        "nonfinite_target": (~usable).sum(),
+    }
     return distill.dmd_weight * loss / count, metrics
 
 

@@ -1,4 +1,5 @@
-"""What the operator sees: a progress bar, one JSON line per step in `log.jsonl`, and wandb if asked for.
+"""What the operator sees: a bar or lines on stderr (console.py), one JSON line per step in `log.jsonl`, and wandb if asked
+for (wandb_run.py).
 
 Keys of a line, always all of them (null where the phase has none, and for what is not finite):
 
@@ -11,6 +12,7 @@ Keys of a line, always all of them (null where the phase has none, and for what 
     g_norm             mean |g| of the consistency tangent before normalisation
     teacher_gap        mean |F - F_teacher|
     dmd_weight         mean w = mean |x_G - x0_teacher|
+    score_gap          mean |x0_fake - x0_teacher| at noised samples of the rollout; score distillation shrinks it
     grad_norm          of the trained network, before any clipping
     lr                 learning rate of the step
     rollout_steps      student evaluations of the rollout
@@ -20,7 +22,13 @@ Keys of a line, always all of them (null where the phase has none, and for what 
     bad_samples        samples of the data skipped so far, all ranks
     seconds            wall time of the step
     data_seconds       part of it spent waiting for data
+    forward_backward_seconds  of it: all passes and the reduction of gradients, on rank 0
+    optimizer_seconds  gradient norm, update, EMA, on rank 0, of this network's step before: known without waiting for a GPU
+    save_seconds       for which training stood still before this step, for a checkpoint; null if there was none
     samples_per_second of the global batch
+    tokens_per_second  video tokens of the global batch trained on
+    tflops_per_rank    10^12 FLOP/s that the method needs (throughput.flops_of_step; what is computed again is not counted)
+    mfu                tflops_per_rank over what a large matmul reached on these GPUs before the run; null if not measured
     memory_gib         peak GPU memory of rank 0 so far; null on CPU
 
 What is not a step (started, resumed, saved, a slow rank, ...) is a line of `events.jsonl`: `time` (seconds since 1970), `step`
@@ -30,26 +38,29 @@ What is not a step (started, resumed, saved, a slow rank, ...) is a line of `eve
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rcm_mcore.config import LogConfig
+from rcm_mcore.training.console import Console
+from rcm_mcore.training.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
 
 KEYS = (
     "step", "phase", "loss", "loss_scm", "loss_dmd", "loss_critic", "g_norm", "teacher_gap", "dmd_weight", "grad_norm", "lr",
     "rollout_steps", "nonfinite_output", "nonfinite_target", "skipped", "bad_samples", "seconds", "data_seconds",
-    "samples_per_second", "memory_gib",
+    "samples_per_second", "memory_gib", "score_gap", "forward_backward_seconds", "optimizer_seconds", "save_seconds",
+    "tokens_per_second", "tflops_per_rank", "mfu",
 )  # fmt: skip
 
 
 class RunLog:
-    """The log of rank 0; on other ranks every method does nothing."""
+    """The log of rank 0; on other ranks every method does nothing. `cycle`: steps after which the phases come again."""
 
     def __init__(
         self,
@@ -59,62 +70,50 @@ class RunLog:
         is_main: bool,
         start: int,
         total: int,
+        cycle: int,
         resolved: dict[str, Any],
         wandb_id: str | None,
     ) -> None:
         self.wandb_id = wandb_id
-        self._bar = self._file = self._wandb = self._events = None
+        self._console = self._file = self._wandb = self._events = None
         self._step = start
+        self._save_seconds: float | None = None
         if not is_main:
             return
         self._events = folder / "events.jsonl"
         path = folder / "log.jsonl"
         _drop_after(path, start)
         self._file = path.open("a", encoding="utf-8")
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-        if not sys.stderr.isatty():
-            self._bar.mininterval = 10.0
+        self._console = Console(start=start, total=total, cycle=cycle)
         if config.wandb:
-            import wandb
-
-            mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-            self._wandb = wandb.init(
-                project=config.project,
-                dir=folder,
-                id=wandb_id,
-                resume="allow",
-                mode=mode,
-                config=resolved,
-            )
+            failed = self._without_wandb
+            self._wandb = WandbRun(folder, project=config.project, run_id=wandb_id, resolved=resolved, failed=failed)
             self.wandb_id = self._wandb.id
 
     def write(self, values: dict[str, Any]) -> None:
         """One step; keys that are missing are null, unknown ones are a bug."""
-        if self._file is None or self._bar is None:
+        if self._file is None or self._console is None:
             return
         unknown = values.keys() - set(KEYS)
         assert not unknown, f"log keys without a documented meaning: {sorted(unknown)}"
-        line = {key: _finite(values.get(key)) for key in KEYS}
-        self._step = values["step"]
+        line = {key: _finite(values.get(key)) for key in KEYS} | {"save_seconds": self._save_seconds}
+        self._step, self._save_seconds = values["step"], None
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        shown = {k: f"{line[k]:.4g}" for k in ("loss", "g_norm", "grad_norm", "seconds") if line[k] is not None}
-        self._bar.set_postfix({"phase": line["phase"], **shown}, refresh=False)
-        self._bar.update(1)
+        self._console.write(line)
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in line.items() if v is not None}, step=line["step"])
+            self._wandb.log(line)
 
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`: they are done again."""
         self._step = step
-        if self._file is None or self._bar is None:
+        if self._file is None or self._console is None:
             return
         path = Path(self._file.name)
         self._file.close()
         _drop_after(path, step)
         self._file = path.open("a", encoding="utf-8")
-        self._bar.n = step
-        self._bar.refresh()
+        self._console.rewind(step)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is not a step."""
@@ -126,18 +125,24 @@ class RunLog:
     def image(self, name: str, path: Path) -> None:
         """A picture of the last step, to wandb."""
         if self._wandb is not None:
-            import wandb
+            self._wandb.image(name, path, step=self._step)
 
-            self._wandb.log({name: wandb.Image(str(path))}, step=self._step)
+    def stood_still(self, seconds: float) -> None:
+        """Training stood still for a save, between the last step and the next."""
+        self._save_seconds = seconds
 
     def close(self) -> None:
         """Flush and finish."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._console is not None:
+            self._console.close()
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _without_wandb(self, why: str) -> None:
+        log.warning("the run goes on without wandb: %s", why)
+        self.event("wandb_failed", error=why)
 
 
 def _finite(value: Any) -> Any:

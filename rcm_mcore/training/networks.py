@@ -15,6 +15,7 @@ from rcm_mcore.models import DiffusionTransformer, build_model
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.optim import NetworkOptimizer, make_optimizer
 from rcm_mcore.training.schedule import learning_rate
+from rcm_mcore.training.stopwatch import Stopwatch
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Trained:
     optimizer: NetworkOptimizer
     peak_lr: float
     total_steps: int
+    watch: Stopwatch  # of its updates
     steps: int = 0
 
     def sleep(self) -> None:
@@ -56,7 +58,7 @@ def make_trained(
     )
     ddp = DistributedDataParallel(net.config, ddp_config, net, pg_collection=mesh.groups)
     optimizer = make_optimizer(config.optim, ddp, mesh, lr=peak_lr, has_ema=has_ema)
-    trained = Trained(name, net, ddp, optimizer, peak_lr, total_steps)
+    trained = Trained(name, net, ddp, optimizer, peak_lr, total_steps, Stopwatch(mesh.device))
     trained.sleep()
     return trained
 

@@ -27,7 +27,8 @@ from torch import Tensor
 import rcm_mcore
 from rcm_mcore.config import Config
 from rcm_mcore.parallel.mesh import Mesh
-from rcm_mcore.training.stragglers import Probe, Stopwatch
+from rcm_mcore.training.stopwatch import Stopwatch
+from rcm_mcore.training.stragglers import Probe
 
 log = logging.getLogger(__name__)
 

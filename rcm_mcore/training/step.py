@@ -32,7 +32,7 @@ from rcm_mcore.distill.steps import (
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training import pipeline
 from rcm_mcore.training.networks import Trained, finalize_on
-from rcm_mcore.training.stragglers import Stopwatch
+from rcm_mcore.training.stopwatch import Stopwatch
 
 _APART = 1_000_003  # between the seeds of a run and of what follows a rollback; nobody chooses seeds so far apart
 
@@ -85,7 +85,7 @@ def terms_of(phase: Phase, roles: Roles, config: Config) -> list[MicroBatchStep]
 
 def run_step(
     trained: Trained, item: StepBatch, *, roles: Roles, config: Config, mesh: Mesh, own_time: Stopwatch | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """One optimizer step of `trained`; returns the metrics of the global batch (documented in training/log.py).
 
     `own_time` gets a span: what this rank does before it waits for other data-parallel ranks.
@@ -102,6 +102,8 @@ def run_step(
     microbatches = list(_microbatches(latents, condition, item.draws.to(mesh.device), size))
     terms: list[Any] = list(terms_of(item.phase, roles, config))  # partials
     sums: dict[str, Tensor] = {}
+    watch = Stopwatch(mesh.device)
+    watch.begin()
     for i, term in enumerate(terms):
         last = i == len(terms) - 1
         finalize_on(trained, last, before=own_time.end if own_time is not None else None)
@@ -113,6 +115,7 @@ def run_step(
             for outcome in outcomes:
                 for name, value in outcome.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
+    watch.end()
     # Every rank has every metric, also one whose microbatches were all left out.
     nothing = {name: torch.zeros((), dtype=torch.float64) for term in terms for name in _METRICS[term.func]}
     sums = nothing | _from_last_stage(sums, mesh) | {"bad_samples": bad_samples}
@@ -129,11 +132,14 @@ def run_step(
             f"{metrics['nonfinite_target']:.0f} targets), above train.max_nonfinite_share={config.train.max_nonfinite_share}",
             metrics,
         )
-    return metrics | _update(trained, item, config, metrics)
+    # A GPU has come to the end of the backward: the metrics were read from it.
+    return metrics | {"forward_backward_seconds": watch.take()[-1]} | _update(trained, item, config, metrics)
 
 
-def _update(trained: Trained, item: StepBatch, config: Config, metrics: dict[str, float]) -> dict[str, float]:
+def _update(trained: Trained, item: StepBatch, config: Config, metrics: dict[str, float]) -> dict[str, float | None]:
     """Optimizer step and EMA from the reduced gradients."""
+    before = trained.watch.take()
+    trained.watch.begin()
     optimizer, lr = trained.optimizer, trained.lr(config)
     optimizer.set_lr(lr)
     grad_norm = optimizer.prepare_and_clip()
@@ -144,7 +150,8 @@ def _update(trained: Trained, item: StepBatch, config: Config, metrics: dict[str
     if optimizer.has_ema:
         assert config.optim.ema_length is not None, "an EMA has a length"
         optimizer.update_ema(ema_beta(config.optim.ema_length, trained.steps))
-    return {"grad_norm": grad_norm, "lr": lr}
+    trained.watch.end()
+    return {"grad_norm": grad_norm, "lr": lr, "optimizer_seconds": before[-1] if before else None}
 
 
 def _forward_backward(
@@ -223,7 +230,7 @@ def _microbatches(latents: Tensor, condition: Condition, draws: Draws, size: int
 _METRICS: dict[Any, tuple[str, ...]] = {
     pretrain_step: ("loss", "nonfinite_target"),
     consistency_step: ("loss_scm", "g_norm", "teacher_gap", "nonfinite_target"),
-    distillation_step: ("loss_dmd", "dmd_weight", "nonfinite_target"),
+    distillation_step: ("loss_dmd", "dmd_weight", "score_gap", "nonfinite_target"),
     critic_step: ("loss_critic", "nonfinite_target"),
 }
 _COUNTS = ("nonfinite_output", "nonfinite_target", "bad_samples")

@@ -12,9 +12,7 @@ import logging
 import math
 import socket
 import statistics
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from rcm_mcore.config import GuardConfig
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.log import RunLog
+from rcm_mcore.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -42,40 +41,6 @@ def median_of(seconds: Sequence[float]) -> float:
     """The (lower) median of what is finite; NaN of nothing."""
     measured = [x for x in seconds if math.isfinite(x)]
     return statistics.median_low(measured) if measured else math.nan
-
-
-class Stopwatch:
-    """Spans of time of this rank's device, without waiting for it: `seconds` of events that have passed long ago."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._begun: Any = None
-        self._spans: list[tuple[Any, Any]] = []
-
-    def begin(self) -> None:
-        self._begun = self._now()
-
-    def end(self) -> None:
-        """The span is over; without a `begin` there is none."""
-        if self._begun is not None:
-            self._spans.append((self._begun, self._now()))
-            self._begun = None
-
-    def take(self) -> list[float]:
-        """Seconds of each span since the last call. On a GPU waits for the last of them."""
-        spans, self._spans = self._spans, []
-        if not self._on_gpu:
-            return [end - begin for begin, end in spans]
-        if spans:
-            spans[-1][1].synchronize()
-        return [begin.elapsed_time(end) / 1e3 for begin, end in spans]
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class Probe:
