@@ -1,7 +1,8 @@
 """One rank of runs that test_faults.py disturbs: FOLDER CONFIGURATION [CONFIGURATION OF AN UNDISTURBED RUN].
 
 Says in FOLDER who it is, before anything slow, and which samples each of its steps takes: a line for every batch of the
-configuration NAME.yaml in keys_NAME_RANK.jsonl. RCM_STEP_SECONDS in the environment makes steps longer.
+configuration NAME.yaml in keys_NAME_RANK.jsonl. Where the environment has RCM_PACE, the name of a file, each step takes the
+seconds that stand in it; RCM_NODE replaces the rank in the names of files.
 """
 
 import json
@@ -41,7 +42,8 @@ def main(configuration, undisturbed=None):
             line = {"attempt": ATTEMPT, "pid": os.getpid(), "step": batch.step, "slots": batch.slots, "keys": batch.keys}
             with (FOLDER / f"keys_{name}_{NODE}.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            time.sleep(float(os.environ.get("RCM_STEP_SECONDS", "0")))
+            if "RCM_PACE" in os.environ:
+                time.sleep(float(Path(os.environ["RCM_PACE"]).read_text() or 0))
         return item
 
     DataLoader.__next__ = recorded

@@ -181,11 +181,7 @@ def test_words_of_a_command_line_are_never_run(tmp_path):
 
 def test_no_field_of_the_configuration_is_a_secret():
     """wandb's key comes from the environment alone: the resolved configuration is printed, stored and sent."""
-    names = {
-        field.name
-        for section in typing.get_type_hints(Config).values()
-        for field in dataclasses.fields(section)
-    }
+    names = {field.name for section in typing.get_type_hints(Config).values() for field in dataclasses.fields(section)}
     assert len(names) > 50 and "project" in names
     assert [name for name in names if re.search(r"key|token|secret|password|credential", name)] == []
 
