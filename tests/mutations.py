@@ -679,6 +679,61 @@ SLURM = (
     )
 )
 
+FAULTS = (
+    _mutations(
+        "rcm_mcore/data/readers.py",
+        "tests/test_data_faults.py",
+        ("                self.member = member\n", "", "test_a_hiccup_changes_nothing"),
+        ("if tries > len(_PAUSES):", "if tries > 2:", "test_a_hiccup_changes_nothing"),
+        (
+            'raise DamagedShard(f"cannot be read, tried {tries} times: {error}") from error',
+            "raise",
+            "test_a_shard_that_cannot_be_read_is_skipped_counted_once_and_named",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/shards.py",
+        "tests/test_data_faults.py",
+        (
+            'raise DamagedShard(f"{_one_line(error)} in {member.name}") from error',
+            "raise",
+            "test_a_shard_that_is_cut_while_it_is_open_loses_its_rest",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/loader.py",
+        "tests/test_data_faults.py",
+        ("            if seconds is None:\n", "            if True:\n", "test_many_slow_samples_are_no_stall"),
+        ("min(_WARN_SECONDS, limit / 10)", "limit", "test_a_slow_shard_is_waited_for_and_named"),
+    )
+    + _mutations(
+        "rcm_mcore/train.py",
+        "tests/test_data_faults.py",
+        ("except (ValueError, DataStalled)", "except ValueError", "test_a_rank_whose_shard_stalls_ends_the_run"),
+    )
+    + _mutations(
+        "rcm_mcore/data/text.py",
+        "tests/test_security.py",
+        (
+            "from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)",
+            "from_pretrained(tokenizer_folder, local_files_only=True)",
+            "test_a_tokenizer_that_brings_code_does_not_run_it",
+        ),
+        ("    os.replace(partial, weights)\n", "", "test_what_is_written_has_the_modes_of_the_umask"),
+    )
+    + _mutations(
+        "launch_slurm/launch.sh",
+        "tests/test_security.py",
+        ("""bash -c 'trap "" USR1 TERM; exec "$@"' bash "$@\"""", """bash -c "trap '' USR1 TERM; $*\"""",
+         "test_words_of_a_command_line_are_never_run"),
+    )
+    + _mutations(
+        "rcm_mcore/training/setup.py",
+        "tests/test_faults.py",
+        ("loader.load_state_dict(state.data)", "loader.state_dict()", "test_a_run_that_loses_ranks_is_the_undisturbed_one"),
+    )
+)  # fmt: skip
+
 MUTATIONS = [
     *DUAL,
     *TRIGFLOW,
@@ -701,4 +756,5 @@ MUTATIONS = [
     *VAE,
     *SAMPLE,
     *SLURM,
+    *FAULTS,
 ]

@@ -156,7 +156,7 @@ def test_a_hiccup_changes_nothing(folder, monkeypatch, caplog, times, where):
         "opening": (0, size),
         "first header": (0, 512),
         "header": (offsets[3][0], offsets[3][0] + 512),  # of the second sample
-        "payload": (offsets[3][1], offsets[4][0]),
+        "payload": (offsets[3][1], offsets[3][1] + 512),  # and not what tarfile looks at on the way to the next header
         "end": (offsets[-1][1] + 512, size),
     }[where]
     fail, hits = failing(path, times, errno.EIO, lambda offset: start <= offset < end)
