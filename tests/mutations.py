@@ -697,7 +697,7 @@ FAULTS = (
         (
             'raise DamagedShard(f"{_one_line(error)} in {member.name}") from error',
             "raise",
-            "test_a_shard_that_is_cut_while_it_is_open_loses_its_rest",
+            "test_a_shard_that_is_cut_in_the_middle_of_a_read_loses_its_rest",
         ),
     )
     + _mutations(

@@ -63,7 +63,7 @@ def write_config(place, name, steps):
     tree = tiny.config(
         place / "shards", place / name, "distill", checkpoint={"every": EVERY, "keep_last": 2}, train={"steps": steps},
         distill={"teacher": str(place / "teacher"), "student_every": 2, "guidance": 2.0, "rollout_max_steps": 2},
-        optim={"warmup_steps": 2, "warmup_start_lr": 1e-3, "decay": "linear"},
+        optim={"warmup_steps": 2, "warmup_start_lr": 1e-3, "decay": "linear", "min_lr_ratio": 0.1},
     )  # fmt: skip
     return tiny.write_config(place / f"{name}.yaml", tree)
 

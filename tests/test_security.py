@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -188,17 +189,18 @@ def test_no_field_of_the_configuration_is_a_secret():
 
 def test_a_tokenizer_that_brings_code_does_not_run_it(tmp_path, monkeypatch):
     """Nor asks on a terminal whether to."""
-    folder, trap = tmp_path / "text_encoder", tmp_path / "trap"
-    text.train_tokenizer(["one two three", "four five six"], folder)
-    text.build_text_encoder(folder, seed=0, d_model=8, layers=1, heads=2, d_ff=8)
-    (folder / "own.py").write_text(f"open({str(trap)!r}, 'w')\nclass Own: pass\n")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    encoder, tokenizer, trap = tmp_path / "text_encoder", tmp_path / "tokenizer", tmp_path / "trap"
+    text.train_tokenizer(["one two three", "four five six"], encoder)
+    shutil.copytree(encoder, tokenizer)  # apart from the encoder's config.json, which says what kind it is
+    text.build_text_encoder(encoder, seed=0, d_model=8, layers=1, heads=2, d_ff=8)
+    (tokenizer / "own.py").write_text(f"open({str(trap)!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     asked = []
     monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "y")
     with contextlib.suppress(ValueError):  # refused, or read as one of the library's own
-        text.TextEncoder(folder)
+        text.TextEncoder(tmp_path)
     assert asked == [] and not trap.exists()
 
 
