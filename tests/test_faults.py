@@ -217,8 +217,8 @@ def test_a_node_that_is_lost_and_comes_back(place, reference):
         """An agent; that of "a" holds the store by which they find each other, and cannot be lost."""
         conf = f"is_host={int(which == 'a')},last_call_timeout=8,keep_alive_interval=2,keep_alive_max_attempt=5"
         command = torchrun(
-            "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=faults",
-            f"--rdzv-conf={conf}", "--local-addr=localhost", "--max-restarts=9", SCRIPT, place, config,
+            "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
+            "--rdzv-id=faults", f"--rdzv-conf={conf}", "--local-addr=localhost", "--max-restarts=9", SCRIPT, place, config,
         )  # fmt: skip
         return started(command, place / f"node_{which}.txt", RCM_NODE=which, RCM_PACE=str(pace))
 
