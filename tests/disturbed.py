@@ -1,5 +1,6 @@
 """Runs that are disturbed on purpose, seen from outside: their processes, logs, checkpoints, and the samples that they took."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import launch
 import tiny
@@ -36,7 +36,7 @@ def read_json(path):
         return {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(command, output, **environment):
     """A process whose output goes to a file; ended with its children if it is still there."""
     # torchrun lends workers that it starts again the store of those before them, who left their addresses in it
@@ -71,8 +71,12 @@ class Checkpoints:
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*"))
 
     def saving(self):
-        """Names of the saves that are going on."""
-        return {path.name for path in self.folder.glob(".partial_step_*")}
+        """Saves that are going on or were cut short: names, with the time of the last change, which tells an old one."""
+        found = set()
+        for path in self.folder.glob(".partial_step_*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_ctime_ns))
+        return found
 
     def look(self, check):
         """Whether the newest is whole by `check`, a function of its folder that raises ValueError or OSError."""
@@ -140,7 +144,7 @@ class Disturbed:
 
     def kill(self, moment):
         """Kill a random rank: during its "start", in a "step", or in a "save" that follows one that this attempt finished."""
-        ranks, rank = self.ranks(), self.rng.randrange(2)
+        ranks, rank, left = self.ranks(), self.rng.randrange(2), self.checkpoints.saving()
         if moment == "start":
             time.sleep(self.rng.uniform(0.0, 10.0))
         else:
@@ -148,16 +152,16 @@ class Disturbed:
             first, saved = logged(self.folder), self.checkpoints.steps()
             if moment == "save":
                 self._until(lambda: self.checkpoints.steps() > saved, "it saved")
-                self._until(self.checkpoints.saving, "it saved again")
+                self._until(lambda: self.checkpoints.saving() - left, "it saved again")
                 time.sleep(self.rng.uniform(0.0, 0.1))
             else:
                 wanted = first + self.rng.randint(EVERY, 2 * EVERY)
                 self._until(lambda: logged(self.folder) >= wanted, f"step {wanted}")
                 time.sleep(self.rng.uniform(0.0, 0.1))
-        saving, step = self.checkpoints.saving(), logged(self.folder)
+        saving, step = self.checkpoints.saving() - left, logged(self.folder)
         os.kill(ranks[rank]["pid"], signal.SIGKILL)
         now = time.time()
-        cut = bool(saving & self.checkpoints.saving())
+        cut = bool({name for name, _ in saving} & {name for name, _ in self.checkpoints.saving()})
         self.checkpoints.look(check_files)
         newest = self.checkpoints.newest
         self.kills.append({"moment": moment, "rank": rank, "step": step, "save": cut, "newest": newest, "time": now})
