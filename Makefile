@@ -42,3 +42,8 @@ test-slurm: setup
 	command -v slurmctld >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py -rs
+
+# Ranks, jobs and nodes killed at random moments; RCM_FAULT_SEED=N repeats the moments of a run that printed it.
+.PHONY: test-faults
+test-faults: setup
+	$(BIN)/python -m pytest -s -m faults tests/test_faults.py

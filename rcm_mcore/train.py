@@ -28,7 +28,10 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
     # Options may stand anywhere among the overrides.
     args = build_parser().parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format=f"%(asctime)s %(levelname)s {f'rank {rank}: ' if rank else ''}%(message)s",
+    )
     # megatron-core and torch warn of their own internals (fallbacks without apex, renamed collectives) at every start.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch|megatron|rcm_mcore\.parallel\.cpu")
@@ -71,18 +74,21 @@ def _train(config: Config, rank: int, stop: StopRequest) -> int:
     import torch.distributed as dist
 
     from rcm_mcore.checkpoint import CheckpointError
+    from rcm_mcore.data import DataStalled
     from rcm_mcore.training.loop import train
     from rcm_mcore.training.step import NonFiniteError
 
+    # Each rank reads its own samples: what there is to say of them no other rank says.
+    logging.getLogger("rcm_mcore.data").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         run = train(config, stop)
     except (NonFiniteError, CheckpointError) as error:  # raised on every rank
         if rank == 0:
             _report(error)
         return 1
-    except ValueError as error:  # of one rank alone, perhaps: each reads its own samples
+    except (ValueError, DataStalled) as error:  # of one rank alone, perhaps
         _report(error, where=f"rank {rank}: " if rank else "")
-        return 2
+        return 1 if isinstance(error, DataStalled) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -744,7 +744,7 @@ SHEETS = (
     + _mutations(
         "rcm_mcore/training/loop.py",
         "tests/test_sheets.py",
-        ("run.state.step % config.log.sheet_every == 0", "True", "test_a_sheet_is_written_every_so_many_steps"),
+        ("run.state.step % self.config.log.sheet_every == 0", "True", "test_a_sheet_is_written_every_so_many_steps"),
     )
     + _mutations(
         "rcm_mcore/training/setup.py",
@@ -904,6 +904,61 @@ OPERATOR = (
         ('if x.get("phase") == phase), "seconds"', 'if x.get("phase")), "seconds"', "test_the_numbers_are_those_of_the_lines"),
     )
 )
+
+FAULTS = (
+    _mutations(
+        "rcm_mcore/data/readers.py",
+        "tests/test_data_faults.py",
+        ("                self.member = member\n", "", "test_a_hiccup_changes_nothing"),
+        ("if tries > len(_PAUSES):", "if tries > 2:", "test_a_hiccup_changes_nothing"),
+        (
+            'raise DamagedShard(f"cannot be read, tried {tries} times: {error}") from error',
+            "raise",
+            "test_a_shard_that_cannot_be_read_is_skipped_counted_once_and_named",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/shards.py",
+        "tests/test_data_faults.py",
+        (
+            'raise DamagedShard(f"{_one_line(error)} in {member.name}") from error',
+            "raise",
+            "test_a_shard_that_is_cut_in_the_middle_of_a_read_loses_its_rest",
+        ),
+    )
+    + _mutations(
+        "rcm_mcore/data/loader.py",
+        "tests/test_data_faults.py",
+        ("            if seconds is None:\n", "            if True:\n", "test_many_slow_samples_are_no_stall"),
+        ("min(_WARN_SECONDS, limit / 10)", "limit", "test_a_slow_shard_is_waited_for_and_named"),
+    )
+    + _mutations(
+        "rcm_mcore/train.py",
+        "tests/test_data_faults.py",
+        ("except (ValueError, DataStalled)", "except ValueError", "test_a_rank_whose_shard_stalls_ends_the_run"),
+    )
+    + _mutations(
+        "rcm_mcore/data/text.py",
+        "tests/test_security.py",
+        (
+            "from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)",
+            "from_pretrained(tokenizer_folder, local_files_only=True)",
+            "test_a_tokenizer_that_brings_code_does_not_run_it",
+        ),
+        ("    os.replace(partial, weights)\n", "", "test_what_is_written_has_the_modes_of_the_umask"),
+    )
+    + _mutations(
+        "launch_slurm/launch.sh",
+        "tests/test_security.py",
+        ("""bash -c 'trap "" USR1 TERM; exec "$@"' bash "$@\"""", """bash -c "trap '' USR1 TERM; $*\"""",
+         "test_words_of_a_command_line_are_never_run"),
+    )
+    + _mutations(
+        "rcm_mcore/training/setup.py",
+        "tests/test_faults.py",
+        ("loader.load_state_dict(state.data)", "loader.state_dict()", "test_a_run_that_loses_ranks_is_the_undisturbed_one"),
+    )
+)  # fmt: skip
 
 # Every table of this file.
 MUTATIONS = [mutation for name, table in list(globals().items()) if name.isupper() for mutation in table]

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 ROOT = Path(__file__).resolve().parent.parent
 LATENT = (32, 2, 4, 4)
@@ -182,7 +182,7 @@ def sample_worker(out: Path, quick: bool) -> None:
                 "seconds": str(result.seconds),
                 "ranks": str(ranks()),
             }
-            save_file({"latents": result.latents}, path.with_suffix(".partial"), metadata=facts)
+            path.with_suffix(".partial").write_bytes(save({"latents": result.latents}, metadata=facts))
             path.with_suffix(".partial").rename(path)
         dist.barrier()
     dist.destroy_process_group()
@@ -327,7 +327,7 @@ def compare_export(out: Path, folder: Path) -> float:
     from rcm_mcore.parallel.mesh import local_mesh
 
     torch.backends.cudnn.allow_tf32 = False  # diffusers' patch embedding is a convolution
-    theirs = WanTransformer3DModel.from_pretrained(folder)
+    theirs = WanTransformer3DModel.from_pretrained(folder, local_files_only=True)
     generator = torch.Generator().manual_seed(0)
     with local_mesh() as mesh, torch.no_grad():
         model = parse_model(model_of(out / "student"))

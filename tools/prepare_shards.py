@@ -199,10 +199,10 @@ def prepare_digits(out_dir: Path, *, samples_per_shard: int, seed: int) -> None:
 def _write_digits(folder: Path, samples_per_shard: int, seed: int) -> dict[str, int]:
     """Fills the folder; returns the numbers of samples and shards of both splits."""
     # Imported here: transformers takes seconds, which --help and a complete folder need not.
-    import safetensors.torch
     import transformers
 
     from rcm_mcore.data import digits, text
+    from rcm_mcore.data.build import write_embedding
     from rcm_mcore.data.shards import write_shards
 
     transformers.utils.logging.disable_progress_bar()
@@ -214,7 +214,7 @@ def _write_digits(folder: Path, samples_per_shard: int, seed: int) -> dict[str, 
     encoder = text.TextEncoder(folder / "text_encoder")
     prompts = [*digits.all_prompts(), ""]
     embeddings = dict(zip(prompts, encoder.encode(prompts)))
-    safetensors.torch.save_file({"embed": embeddings[""]}, folder / "negative_embedding.safetensors")
+    write_embedding(folder / "negative_embedding.safetensors", embeddings[""])
     counts = {}
     for split, videos in splits.items():
         samples = _samples(split, codec.encode(videos.videos), videos.prompts(), embeddings)

@@ -34,11 +34,14 @@ class DataConfig:
     readers: int = 64  # virtual readers; the data-parallel size must divide them
     max_bad_samples: int = 100  # a run stops when one rank has skipped more
     prefetch: int = 2  # batches prepared ahead
+    stall_minutes: float = 10.0  # a run ends when one sample takes longer to read; waits are warned about before
 
     def __post_init__(self) -> None:
         _at_least("data.readers", self.readers, 1)
         _at_least("data.max_bad_samples", self.max_bad_samples, 0)
         _at_least("data.prefetch", self.prefetch, 1)
+        if not self.stall_minutes > 0:
+            raise ValueError(f"data.stall_minutes={self.stall_minutes}: must be positive")
         if not self.shards:
             raise ValueError("data.shards is empty: give at least one path, glob or brace pattern")
 

@@ -2,7 +2,7 @@
 
 from rcm_mcore.data.embedding import load_embedding
 from rcm_mcore.data.inspection import ShardReport, inspect_shard
-from rcm_mcore.data.loader import Batch, DataLoader
+from rcm_mcore.data.loader import Batch, DataLoader, DataStalled
 from rcm_mcore.data.readers import RankReaders, VirtualReader, deal_shards, expand_shards, merge_states, shards_digest
 from rcm_mcore.data.shards import BadSample, DamagedShard, Sample, Shard, fit_sample, pad_text, write_shards
 
@@ -11,6 +11,7 @@ __all__ = [
     "Batch",
     "DamagedShard",
     "DataLoader",
+    "DataStalled",
     "RankReaders",
     "Sample",
     "Shard",

@@ -26,7 +26,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -227,7 +227,8 @@ class ShardFolder:
 def write_embedding(path: Path, embed: Tensor) -> None:
     """Writes the text rows of a negative prompt for `load_embedding`."""
     with replacing(path) as temporary:
-        save_file({"embed": embed.contiguous()}, temporary)
+        # Not save_file, whose files only their owner may read, whatever the umask.
+        temporary.write_bytes(safetensors.torch.save({"embed": embed.contiguous()}))
 
 
 def write_json(path: Path, content: Any) -> None:

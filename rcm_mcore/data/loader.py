@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,14 @@ from torch import Tensor
 from rcm_mcore.config import DataConfig, ModelConfig
 from rcm_mcore.data.readers import RankReaders
 from rcm_mcore.data.shards import Sample
+
+logger = logging.getLogger(__name__)
+_WARN_SECONDS = 60.0  # of waiting, between warnings
+_JOIN_SECONDS = 10.0  # that the thread is given to end in
+
+
+class DataStalled(RuntimeError):
+    """Nothing came from a shard for data.stall_minutes; the message names it and says what to look at."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class DataLoader:
     """Endless iterator over the batches of one data-parallel rank.
 
     A thread, started with the first batch, keeps up to data.prefetch batches ready. Its exceptions are raised where
-    the batch it was preparing would have been returned. Use as a context manager, or call `close`.
+    the batch it was preparing would have been returned. A wait for it is warned about every minute, and raises DataStalled
+    when one sample has taken data.stall_minutes. Use as a context manager, or call `close`.
 
     Args:
         config: the data section.
@@ -85,7 +96,7 @@ class DataLoader:
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self._reads, self._transform = reads, transform
         self._takes_images = model.condition in ("image", "first_last")
-        self._prefetch = config.prefetch
+        self._prefetch, self._stall_minutes = config.prefetch, config.stall_minutes
         self._step = start_step
         self._samples = start_step * global_batch_size
         self._state = self._position()
@@ -123,7 +134,7 @@ class DataLoader:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="data-loader", daemon=True)
                 self._thread.start()
-            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            self._wait_for_batch()
             if self._closed:
                 raise RuntimeError("the DataLoader is closed")
             if not self._ready:
@@ -134,12 +145,18 @@ class DataLoader:
             return batch
 
     def close(self) -> None:
-        """Stops the thread (within the sample it is reading) and closes the shards."""
+        """Stops the thread (within the sample it is reading) and closes the shards.
+
+        A thread that hangs in a read is left behind with its shards; as a daemon it does not keep the process.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_JOIN_SECONDS)
+            if self._thread.is_alive():
+                logger.warning("data.shards: the thread that reads %s does not end and is left behind", self._place()[0])
+                return
         self._ready.clear()
         self._readers.close()
 
@@ -148,6 +165,26 @@ class DataLoader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _wait_for_batch(self) -> None:
+        """Until there is a batch, an error or the end; raises DataStalled. The lock is held, and given away meanwhile."""
+        limit, start = 60 * self._stall_minutes, time.monotonic()
+        pause = min(_WARN_SECONDS, limit / 10)
+        while not self._changed.wait_for(lambda: self._ready or self._error or self._closed, pause):
+            shard, seconds = self._place()
+            if seconds is None:
+                seconds = time.monotonic() - start
+            if seconds >= limit:
+                raise DataStalled(
+                    f"data.shards: {shard} has given no sample for {seconds / 60:.3g} minutes, the limit is "
+                    f"data.stall_minutes={self._stall_minutes:g}: see whether the file system of the shards answers; if it is "
+                    "only slow, raise data.prefetch or data.stall_minutes. Started again, the run goes on from its checkpoint"
+                )
+            logger.warning("waiting for data: %s has given no sample for %.0f s", shard, seconds)
+
+    def _place(self) -> tuple[str, float | None]:
+        """The shard being read and for how long; without the time where the thread is at something else."""
+        return self._readers.reading() or ("the thread that prepares batches", None)
 
     def _run(self) -> None:
         try:

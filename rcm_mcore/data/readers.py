@@ -12,6 +12,7 @@ import glob
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from rcm_mcore.config import DataConfig, ModelConfig
 from rcm_mcore.data.shards import BadSample, DamagedShard, Members, Sample, Shard, fit_sample
 
 logger = logging.getLogger(__name__)
+_PAUSES = (0.1, 1.0, 5.0)  # seconds before each new try to read what the file system did not give
 
 
 def expand_shards(patterns: Sequence[str]) -> list[str]:
@@ -61,12 +63,14 @@ class VirtualReader:
 
     Attributes:
         epoch, shard, member: the position: the epoch, the index within its deal, the samples of that shard passed.
-        bad: bad samples skipped since the run began.
+        bad: bad samples skipped since the run began; the rest of a shard that cannot be read counts as one.
+        reading: the path of the shard that `next_sample` reads, or last read.
     """
 
     def __init__(self, shards: Sequence[str], *, reader: int, readers: int, seed: int) -> None:
         self._shards, self._reader, self._readers, self._seed = shards, reader, readers, seed
         self._open: tuple[Shard, Iterator[tuple[str, Members]]] | None = None
+        self.reading = self._key = ""
         self.seek(0, 0, 0, 0)
 
     def position(self) -> list[int]:
@@ -82,28 +86,26 @@ class VirtualReader:
     def next_sample(self, fit: Callable[[Sample], Sample], on_bad: Callable[[str, str, str], None]) -> Sample:
         """The next sample that `fit` accepts.
 
+        What the file system refuses (a file that is gone, an input/output error) is tried again, from the same sample, three
+        times over six seconds, so that a hiccup does not change the order; then the shard is skipped like a damaged one.
+
         Args:
             fit: raises BadSample for a sample that does not fit.
             on_bad: told the shard, the key and the reason of each bad sample, after it was counted; may raise.
-        Raises: ValueError if no shard of the run holds a good sample; OSError.
+        Raises: ValueError if no shard of the run holds a good sample.
         """
         fruitless: set[str] = set()  # shards gone through from their start in vain
         from_start = self.member == 0
         while len(fruitless) < len(self._shards):
             path = self._shards[self._deal[self.shard]]
-            key = "(rest of the shard)"
             try:
-                shard, samples = self._current(path)
-                entry = next(samples, None)
-                if entry is not None:
-                    self.member += 1
-                    key, members = entry
-                    return fit(shard.read(key, members))
+                if (sample := self._patient_read(path)) is not None:
+                    return fit(sample)
             except BadSample as error:
-                self._count_bad(path, key, error, on_bad)
+                self._count_bad(path, self._key, error, on_bad)
                 continue
             except DamagedShard as error:
-                self._count_bad(path, key, error, on_bad)
+                self._count_bad(path, "(rest of the shard)", error, on_bad)
             self._next_shard()
             if from_start:
                 fruitless.add(path)
@@ -114,6 +116,31 @@ class VirtualReader:
         if self._open is not None:
             self._open[0].close()
             self._open = None
+
+    def _patient_read(self, path: str) -> Sample | None:
+        """`_read`, tried again where the file system fails. Raises: BadSample, DamagedShard."""
+        self.reading, member = path, self.member
+        for tries, pause in enumerate((*_PAUSES, 0.0), start=1):
+            try:
+                return self._read(path)
+            except OSError as error:
+                self.close()
+                self.member = member
+                if tries > len(_PAUSES):
+                    raise DamagedShard(f"cannot be read, tried {tries} times: {error}") from error
+                logger.warning("%s cannot be read: %s; try %d comes in %g s", path, error, tries + 1, pause)
+            time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _read(self, path: str) -> Sample | None:
+        """The next sample of the shard, whatever it is; None at its end. Raises: BadSample, DamagedShard, OSError."""
+        shard, samples = self._current(path)
+        entry = next(samples, None)
+        if entry is None:
+            return None
+        self.member += 1
+        self._key, members = entry
+        return shard.read(self._key, members)
 
     def _current(self, path: str) -> tuple[Shard, Iterator[tuple[str, Members]]]:
         if self._open is None:
@@ -157,6 +184,7 @@ class RankReaders:
                 f"set data.readers to a multiple of {dp_size}"
             )
         self._config, self._model = config, model
+        self._asked: tuple[VirtualReader, float] | None = None
         self._digest = shards_digest(shards)
         self._readers = {
             v: VirtualReader(shards, reader=v, readers=config.readers, seed=seed)
@@ -171,11 +199,20 @@ class RankReaders:
     def read(self, k: int) -> Sample:
         """The k-th sample of the run, fitted (`fit_sample`); to be called in the order of k.
 
-        Raises: ValueError above data.max_bad_samples; OSError.
+        Raises: ValueError above data.max_bad_samples.
         """
         reader = self._readers.get(k % self._config.readers)
         assert reader is not None, f"sample {k} belongs to another data-parallel rank"
-        return reader.next_sample(self._fit, self._on_bad)
+        self._asked = reader, time.monotonic()
+        try:
+            return reader.next_sample(self._fit, self._on_bad)
+        finally:
+            self._asked = None
+
+    def reading(self) -> tuple[str, float] | None:
+        """The shard that a `read` in another thread is at, and the seconds since it began; None between reads."""
+        asked = self._asked
+        return None if asked is None else (asked[0].reading, time.monotonic() - asked[1])
 
     def state(self) -> dict[str, Any]:
         """{"readers": {v: [epoch, shard, member, bad]}, "bad_samples", "shards_digest"} of this rank."""
@@ -193,7 +230,8 @@ class RankReaders:
         if state["shards_digest"] != self._digest:
             raise ValueError(
                 "data.shards: the names of the shards differ from those this run was saved with (digest "
-                f"{state['shards_digest']} then, {self._digest} now): resume with the same shards, or start a new run"
+                f"{state['shards_digest']} then, {self._digest} now): resume with the same shards, or start a new run; "
+                "in place of a shard that is lost, an empty file of its name is skipped as a damaged one"
             )
         positions = {int(v): position for v, position in state["readers"].items()}  # JSON makes keys strings
         if set(positions) not in (set(range(self._config.readers)), set(self._readers)):

@@ -77,7 +77,7 @@ class Sample:
 class Shard:
     """An open shard, read once from front to back. Headers are read one ahead; payloads only when asked for.
 
-    Raises: DamagedShard where the file is no tar, OSError where it cannot be opened.
+    Raises: DamagedShard where the file is no tar, OSError where it cannot be opened. Every reading method may raise OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -88,6 +88,9 @@ class Shard:
         except _TAR_ERRORS as error:
             self._file.close()
             raise DamagedShard(f"not a readable tar ({_one_line(error)})") from error
+        except OSError:
+            self._file.close()
+            raise
 
     def samples(self) -> Iterator[tuple[str, Members]]:
         """The key and the members of each sample, in the order of the file.
@@ -102,7 +105,10 @@ class Shard:
         return itertools.islice(self.samples(), count, None)
 
     def read(self, key: str, members: Members) -> Sample:
-        """The sample in its stored dtypes, without trailing zero rows of text. Raises: BadSample."""
+        """The sample in its stored dtypes, without trailing zero rows of text.
+
+        Raises: BadSample; DamagedShard where the file ends within it, cut after its header was read.
+        """
         extensions = _EXTENSIONS[sample_format(members)]
         missing = [extension for extension in extensions if extension not in members]
         if missing:
@@ -139,7 +145,10 @@ class Shard:
     def _payload(self, member: tarfile.TarInfo) -> bytes:
         stream = self._tar.extractfile(member)
         assert stream is not None, f"{member.name} is not a regular file"
-        return stream.read()
+        try:
+            return stream.read()
+        except _TAR_ERRORS as error:
+            raise DamagedShard(f"{_one_line(error)} in {member.name}") from error
 
 
 def sample_format(members: Members) -> ShardFormat:

@@ -84,7 +84,7 @@ def train_tokenizer(prompts: Sequence[str], folder: str | os.PathLike[str]) -> N
     # transformers 5 reads spiece.model only through from_pretrained on a folder; T5Tokenizer(vocab_file=...) drops it.
     (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")
     # Beside an encoder's config.json it does not read spiece.model at all, hence tokenizer.json as well.
-    AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
 
 
 def build_text_encoder(
@@ -103,7 +103,7 @@ def build_text_encoder(
     """
     if d_model % heads:
         raise ValueError(f"heads = {heads} does not divide d_model = {d_model}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config = UMT5Config(
         vocab_size=len(tokenizer),
         d_model=d_model,
@@ -117,6 +117,10 @@ def build_text_encoder(
         torch.manual_seed(seed)
         encoder = UMT5EncoderModel(config)
     encoder.save_pretrained(folder)
+    # safetensors makes files that only their owner may read; one that is written anew follows the umask.
+    weights, partial = Path(folder) / "model.safetensors", Path(folder) / ".model.partial"
+    partial.write_bytes(weights.read_bytes())
+    os.replace(partial, weights)
 
 
 class TextEncoder:
@@ -139,7 +143,7 @@ class TextEncoder:
         """
         tokenizer_folder = _find(Path(folder), "tokenizer", "tokenizer_config.json")
         encoder, self._cleans = _load_encoder(_find(Path(folder), "text_encoder", "config.json"), dtype)
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
         self._encoder = encoder.eval().requires_grad_(False).to(device)
 
     @property

@@ -6,6 +6,7 @@ what a sampler made to this range first: an unclamped sampler reads many times w
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
@@ -82,7 +83,8 @@ class DigitClassifier(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights and feature statistics as safetensors."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        safetensors.torch.save_file(tensors, path, metadata={"format": _FORMAT})
+        # Not save_file, whose files only their owner may read, whatever the umask.
+        Path(path).write_bytes(safetensors.torch.save(tensors, metadata={"format": _FORMAT}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DigitClassifier":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from rcm_mcore.config import MeshConfig
 from rcm_mcore.parallel import cpu, shared_memory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,21 @@ def init_distributed(*, timeout_minutes: float = 30.0) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ:
+            _warn_of_a_used_store()
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
+
+
+def _warn_of_a_used_store() -> None:
+    """torchrun lends ranks that it starts again the store of those before, whose addresses they may take (pytorch#135712)."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["RANK"] == "0":
+        log.warning(
+            "torchrun has started the ranks again: if they do not find each other (connection refused), set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

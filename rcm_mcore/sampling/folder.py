@@ -21,10 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcm_mcore.checkpoint.network import resolve
@@ -132,7 +132,7 @@ class SampleFolder:
     def load_part(self, draw: Draw) -> Tensor:
         """What `save_part` kept."""
         if self._part(draw).is_file():
-            return load_file(self._part(draw))["latents"]
+            return safetensors.torch.load_file(self._part(draw))["latents"]
         with safe_open(self._latents, "pt") as file:  # finished before, and a file was removed since
             return file.get_slice("latents")[draw.number]
 
@@ -195,7 +195,7 @@ class SampleFolder:
 
 def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial)
+    partial.write_bytes(safetensors.torch.save(tensors))  # not save_file, whose files only their owner may read
     os.replace(partial, path)
 
 

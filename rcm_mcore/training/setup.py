@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
 from rcm_mcore.config import Config, chunks_of_stages, parse_model, resolve_mesh, tokens_per_sample, validate_mesh
-from rcm_mcore.data import DataLoader, load_embedding, merge_states
+from rcm_mcore.data import DataLoader, DataStalled, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes
@@ -79,7 +79,10 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         dp_rank=0,
         dp_size=dp,
     ) as loader:
-        sample = next(loader)
+        try:
+            sample = next(loader)
+        except DataStalled as error:  # before the run has begun, like shards that are not there
+            raise ValueError(str(error)) from error
     parameters = count_parameters(config)
     needed = checkpoint_bytes(config)
     free = check_output(config, needed, world_size)
