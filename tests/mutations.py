@@ -953,11 +953,6 @@ FAULTS = (
         ("""bash -c 'trap "" USR1 TERM; exec "$@"' bash "$@\"""", """bash -c "trap '' USR1 TERM; $*\"""",
          "test_words_of_a_command_line_are_never_run"),
     )
-    + _mutations(
-        "rcm_mcore/training/setup.py",
-        "tests/test_faults.py",
-        ("loader.load_state_dict(state.data)", "loader.state_dict()", "test_a_run_that_loses_ranks_is_the_undisturbed_one"),
-    )
 )  # fmt: skip
 
 # Every table of this file.
