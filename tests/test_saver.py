@@ -146,7 +146,7 @@ def test_a_checkpoint_holds_the_state_of_its_step(saving, asynchronous, monkeypa
     if asynchronous:
         write = module.save_state
         monkeypatch.setattr(module, "save_state", lambda *args: (may_write.wait(60), write(*args)))
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    before = {name: p.detach().cpu().clone() for name, p in net.named_parameters()}
     saver.save(state(1))
     with torch.no_grad():
         for p in net.parameters():
