@@ -933,11 +933,6 @@ FAULTS = (
         ("min(_WARN_SECONDS, limit / 10)", "limit", "test_a_slow_shard_is_waited_for_and_named"),
     )
     + _mutations(
-        "rcm_mcore/train.py",
-        "tests/test_data_faults.py",
-        ("except (ValueError, DataStalled)", "except ValueError", "test_a_rank_whose_shard_stalls_ends_the_run"),
-    )
-    + _mutations(
         "rcm_mcore/data/text.py",
         "tests/test_security.py",
         (

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from rcm_mcore import train
 from rcm_mcore.data import deal_shards, expand_shards
 from rcm_mcore.training import loop
@@ -14,6 +16,7 @@ set_up = loop.set_up
 def and_stall(config):
     """The second shard of reader 1: steps 1 to 4 take one sample each of the first."""
     run = set_up(config)
+    dist.barrier()  # the other rank has its list of shards
     if run.mesh.dp_rank == 1:
         shards = expand_shards(config.data.shards)
         deal = deal_shards(len(shards), readers=config.data.readers, reader=1, seed=config.train.seed, epoch=0)

@@ -1,5 +1,6 @@
 """Shards that go away, are cut, or stall while a run reads them."""
 
+import contextlib
 import errno
 import io
 import json
@@ -8,7 +9,6 @@ import os
 import re
 import threading
 import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import launch
@@ -67,7 +67,7 @@ class Faulty(io.FileIO):
         return super().readinto(buffer)
 
 
-@contextmanager
+@contextlib.contextmanager
 def faults(monkeypatch, *, opening=lambda path: None, reading=lambda path, offset: None):
     """Shards are opened and read through functions that may raise or wait."""
 
@@ -249,7 +249,12 @@ def test_a_shard_that_gives_nothing_ends_the_run(folder, caplog, monkeypatch):
         assert f"the thread that reads {path} does not end and is left behind" in caplog.messages[-1]
         assert any(thread.name == "data-loader" and thread.daemon for thread in threading.enumerate())
     finally:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # lets the thread go
+        end = time.monotonic() + 10
+        while data._thread.is_alive() and time.monotonic() < end:
+            with contextlib.suppress(OSError):  # nobody is at the pipe just now
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # lets the thread go
+            time.sleep(0.01)
+    assert not data._thread.is_alive()
 
 
 def test_a_rank_whose_shard_stalls_ends_the_run(tmp_path):
