@@ -37,9 +37,7 @@ MODULES = {"urllib", "requests", "http", "httpx", "aiohttp", "ftplib", "smtplib"
 # (file, what): why it is safe. An entry that is no longer needed is an error too.
 ALLOWED = {
     ("rcm_mcore/interop/dcp.py", "pickle.Unpickler"): "the base of one that refuses every name but the parts of an index",
-    ("rcm_mcore/training/state.py", "megatron.core.dist_checkpointing.load"): "of the run's own checkpoints, which are trusted",
-    ("rcm_mcore/checkpoint/network.py", "megatron.core.dist_checkpointing.load"): "after its index was read by dcp.read_index",
-    ("rcm_mcore/training/log.py", "wandb"): "only where log.wandb=true asks for it",
+    ("rcm_mcore/training/wandb_run.py", "wandb"): "only where log.wandb=true asks for it",
     ("kernels/rcm_kernels/vendors.py", "importlib.import_module"): "names of attention packages that stand in that file",
 }
 
