@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from rcm_mcore.config import Config, load_config, to_yaml
-from rcm_mcore.training.signals import EXIT_STOPPED, StopRequest, listening
+from rcm_mcore.training.signals import EXIT_STOPPED, DeadlineError, StopRequest, listening
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,8 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     A rank in which nothing has moved for twice guard.stall_minutes is ended with 76 (training/watchdog.py): started again, the
     run goes on from its newest checkpoint.
     """
-    with listening() as stop:
-        return _main(argv, stop)
+    try:
+        with listening() as stop:
+            return _main(argv, stop)
+    except DeadlineError as error:
+        _report(error)
+        return 2
 
 
 def _main(argv: list[str] | None, stop: StopRequest) -> int:

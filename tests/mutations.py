@@ -546,9 +546,9 @@ RESUME = (
         ("tuple(a + b for a, b in zip(start, offset))", "offset", "test_resumed_on_the_same_mesh_is_bit_equal"),
         (" and mesh.tp_group.rank()", "", "test_resumed_on_the_same_mesh_is_bit_equal"),
         (
-            "if i % holders.size() == holders.rank():",
-            "if holders.rank() == 0 and i % 2 == 0:",
-            "test_resumed_on_another_mesh_equals_to_rounding",
+            "crc32(name.encode()) % holders.size()",
+            "sorted(n for n, _ in one.net.named_parameters()).index(name) % holders.size()",
+            "test_data_parallel_stages_save_what_one_rank_does",
         ),
     )
     + _mutations(
@@ -569,6 +569,7 @@ RESUME = (
         "rcm_mcore/checkpoint/folder.py",
         "tests/test_saver.py",
         ("if not keep_every or s % keep_every", "if True", "test_what_keep_every_divides_stays"),
+        ("_try_to_remove(doomed)", "shutil.rmtree(doomed)", "test_what_cannot_be_removed_does_not_fail_a_save"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_two_runs_cannot_share_a_folder"),
     )
     + _mutations(
@@ -585,6 +586,7 @@ RESUME = (
         "tests/test_saver.py",
         ("        if first < last:\n", "        if first <= last:\n", "test_a_range_is_made_of_few_boxes"),
         ("zlib.crc32(data, self.crc)", "zlib.crc32(data)", "test_a_checkpoint_is_whole"),
+        ("raise self._error from None", "pass", "test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_called_so"),
     )
 )
 
@@ -678,8 +680,8 @@ SLURM = (
         "tests/test_signals.py",
         ("dist.ReduceOp.MAX)", "dist.ReduceOp.MIN)", "test_every_rank_saves_the_same_step_and_stops"),
         (
-            "        if run.state.step != self.saver.saved_step:\n            self._save()\n        self.watchdog",
-            "        self.watchdog",
+            "        if run.state.step != self.saver.saved_step:\n            self._save()\n        while",
+            "        while",
             "test_every_rank_saves_the_same_step_and_stops",
         ),
     )
@@ -737,7 +739,7 @@ SHEETS = (
         ("made[i] + self._columns(i)", "self._columns(i) + made[i]", "test_samples_are_those_of_the_sampler"),
         ("owner = i % mesh.dp_size", "owner = 0", "test_every_mesh_makes_the_same_samples"),
         (".nan_to_num(0.0)", "", "test_colours_are_scaled_and_what_is_not_finite_is_grey"),
-        ("except (OSError, ValueError,", "except (ValueError,", "test_a_full_disk_does_not_end_the_run"),
+        ("except Exception as error:  #", "except ValueError as error:  #", "test_a_full_disk_does_not_end_the_run"),
         ('run_log.image("samples", path)', "pass", "test_cells_show_what_the_vae_decodes"),
         ('" ".join(prompt.split())', "prompt", "test_cells_show_what_the_vae_decodes"),
     )
@@ -877,6 +879,7 @@ OPERATOR = (
     + _mutations(
         "rcm_mcore/training/log.py",
         "tests/test_log.py",
+        ("                    file.truncate(size)\n", "", "test_a_full_disk_loses_no_line"),
         ('values["step"], None', 'values["step"], self._save_seconds', "test_a_save_is_in_the_next_line_alone"),
     )
     + _mutations(

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ SABOTAGE = {
     "nan sample": lambda: setattr(setup, "with_draws", nan_in_one_sample_of_step_2),
     "signal": lambda: setattr(loop, "run_step", signal_in_step_2),
     "signal under torchrun": as_under_torchrun,
+    "no time left": lambda: os.environ.__setitem__("SLURM_JOB_END_TIME", str(time.time() - 5)),
+    "no time": lambda: os.environ.__setitem__("SLURM_JOB_END_TIME", "soon"),
     None: lambda: None,
 }
 
@@ -76,7 +79,8 @@ def run(argv, sabotage):
             code = train.main(argv)
     finally:
         loop.save, setup.with_draws, loop.run_step = save, with_draws, run_step
-        os.environ.pop("TORCHELASTIC_RUN_ID", None)
+        for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_END_TIME"):
+            os.environ.pop(name, None)
         resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
         destroy_mesh()
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import resource
 import struct
 import threading
 import time
@@ -104,6 +105,24 @@ def test_a_save_is_in_the_next_line_alone(tmp_path):
     log.close()
     lines = tiny.log_lines(tmp_path)
     assert [x["save_seconds"] for x in lines] == [None, 2.5, None] and all(tuple(x) == KEYS for x in lines)
+
+
+def test_a_full_disk_loses_no_line(tmp_path, caplog):
+    """And ends nothing: what could not be written comes with the next line."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = run_log(tmp_path)
+    log.write(line(1))
+    for step, room in ((2, 10), (3, 0)):  # part of a line fits, then nothing
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "log.jsonl").stat().st_size + room, limits[1]))
+        try:
+            log.write(line(step))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(tiny.log_lines(tmp_path)) == 1
+    log.write(line(4))
+    log.close()
+    assert [x["step"] for x in tiny.log_lines(tmp_path)] == [1, 2, 3, 4]
+    assert caplog.text.count("cannot be written now") == 1
 
 
 # wandb.

@@ -22,12 +22,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder, read_network
 from rcm_mcore.config import parse_config
+from rcm_mcore.interop import dcp
 from rcm_mcore.interop.dcp import Pieces, boxes_of_range, read_pieces, write_index, write_share
 from rcm_mcore.models import build_model
 from rcm_mcore.training import saver as module
 from rcm_mcore.training.networks import make_trained
 from rcm_mcore.training.saver import Saver
-from rcm_mcore.training.setup import check_output
+from rcm_mcore.training.setup import check_output, host_memory
 from rcm_mcore.training.state import RunState
 
 
@@ -261,6 +262,79 @@ def test_keep_every_must_be_a_multiple_of_every(every, keep_every):
         ValueError, match=rf"checkpoint.keep_every={keep_every}: must be a multiple of checkpoint.every={every}"
     ):
         parse_config(CONFIG | {"checkpoint": {"dir": "run", "every": every, "keep_every": keep_every}})
+
+
+def test_what_cannot_be_removed_does_not_fail_a_save(saving, monkeypatch, caplog):
+    """A file that another process has open keeps its folder, on NFS."""
+    saver, _, folder, events = saving(keep_last=1)
+    remove, stuck = shutil.rmtree, []
+
+    def busy(path, **options):
+        if "removed_step_000000001" in str(path) and len(stuck) < 2:
+            stuck.append(path)
+            raise OSError(39, "Directory not empty", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (1, 2, 3):
+        saver.save(state(step))
+        saver.settle()
+        assert folder.steps() == [step]
+    assert [e["event"] for e in events] == ["saved"] * 3 and "could not be removed" in caplog.text
+    saver.save(state(4))
+    saver.settle(last=True)
+    assert len(stuck) == 2 and not list(folder.root.glob(".removed*"))
+
+
+class Full:
+    """A disk with room for so many bytes."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return len(data)
+
+
+@pytest.mark.parametrize("room", [0, 50, 200, 700, 3000])
+def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_called_so(room):
+    """torch's writer says "unexpected pos" then."""
+    with pytest.raises(OSError, match="No space left on device"):
+        dcp._Sink(Full(room)).save(torch.zeros(1000))
+
+
+def test_memory_is_that_which_the_job_may_have(tmp_path):
+    free = psutil.virtual_memory().available
+    job = tmp_path / "groups" / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/slurm/job_7\n")
+    ask = lambda: host_memory(tmp_path / "groups", tmp_path / "own")
+    assert abs(ask() - free) < 1 << 30
+    for folder, limit, used in ((job, "max", 5), (job.parent, "1000", 400)):
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert ask() == 600
+    (job / "memory.max").write_text("7")
+    assert ask() == 2
+    (job / "memory.max").write_text("3")
+    assert ask() == 0
+    (tmp_path / "own").unlink()
+    assert abs(ask() - free) < 1 << 30
+
+
+@pytest.mark.gpu1
+def test_memory_that_cannot_be_locked_is_used_as_it_is(caplog):
+    pieces = {"w": Pieces(torch.Size((1000,)), (((0,), torch.arange(1000.0, device="cuda")),))}
+    room = module._HostRoom(pieces)
+    assert room._is_locked
+    assert int(torch.cuda.cudart().cudaHostRegister(room._room.data_ptr(), room._room.numel(), 0)) != 0  # a second time
+    module._forget_cuda_error()
+    assert float(torch.ones(4, device="cuda").sum()) == 4
+    assert torch.equal(room.copy(pieces)["w"].parts[0][1], torch.arange(1000.0))
+    room.close()
 
 
 HOLD = """

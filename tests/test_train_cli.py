@@ -245,6 +245,8 @@ def outcomes(place):
     case("signal", "signal", "checkpoint.every=9", sabotage="signal")
     case("signal again", "signal", "checkpoint.every=9")
     case("signal under torchrun", "signal_torchrun", sabotage="signal under torchrun")
+    case("no time left", "late", "checkpoint.every=9", sabotage="no time left")
+    case("no time", "late", sabotage="no time")
     case("wandb", "wandb", "train.steps=1", "log.wandb=true")
     case("wandb again", "wandb", "train.steps=2", "log.wandb=true")
 
@@ -386,6 +388,15 @@ def test_a_run_that_was_asked_to_stop_exits_with_75(outcomes, place, mesh):
     assert "error: " not in outcomes["signal"]["err"]
     names = [sorted(path.name for path in run_folder(place, name).glob("step_*")) for name in ("signal", "signal_torchrun")]
     assert names == [["step_000000002", "step_000000003"], ["step_000000001", "step_000000002"]]
+
+
+def test_a_job_whose_time_is_over_stops_at_once(outcomes, place):
+    """Without a signal: it may have come before Python could take note of it."""
+    assert outcomes["no time left"]["code"] == 75 and "error: " not in outcomes["no time left"]["err"]
+    assert not list(run_folder(place, "late").glob("step_*"))
+    assert [e["event"] for e in tiny.events(run_folder(place, "late"))][-1] == "stopped"
+    assert outcomes["no time"]["code"] == 2
+    assert "SLURM_JOB_END_TIME=soon: must be seconds since 1970" in error_line(outcomes["no time"])
 
 
 def test_wandb_continues_the_same_run(outcomes, place):

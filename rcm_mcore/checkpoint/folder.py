@@ -141,9 +141,11 @@ class CheckpointFolder:
 
     def _start(self, partial: Path) -> None:
         """An empty folder to fill; what an interrupted save left behind goes."""
+        if partial.exists():
+            shutil.rmtree(partial)
         for pattern in (".partial_step_*", ".removed_step_*"):
             for left in self.root.glob(pattern):
-                shutil.rmtree(left)
+                _try_to_remove(left)
         partial.mkdir(parents=True)
 
     def _publish(
@@ -151,11 +153,13 @@ class CheckpointFolder:
     ) -> None:
         """Turn a filled folder into the newest checkpoint."""
         _write_text(partial / _MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
+        _sync_folder(partial)
         final = self.path(step)
         if final.exists():
             self._remove(step)
         os.replace(partial, final)
         _write_text(self.root / "latest", final.name)
+        _sync_folder(self.root)  # before the ones before go
         steps = self.steps()
         old = [s for s in steps if s <= step][:-keep_last]
         for s in [s for s in steps if s > step] + [s for s in old if not keep_every or s % keep_every]:
@@ -163,9 +167,11 @@ class CheckpointFolder:
 
     def _remove(self, step: int) -> None:
         """Under another name first, so that half of one is never taken for a checkpoint."""
-        doomed = self.root / f".removed_step_{step:09d}"
+        name = f".removed_step_{step:09d}"
+        taken = len(list(self.root.glob(f"{name}*")))  # by one that could not be removed
+        doomed = self.root / (f"{name}_{taken}" if taken else name)
         os.replace(self.path(step), doomed)
-        shutil.rmtree(doomed)
+        _try_to_remove(doomed)
 
     def newest(self) -> Path | None:
         """Collective: the newest checkpoint whose files are all there and unchanged, or None.
@@ -231,8 +237,28 @@ class _Ranks:
         return self.on_every_rank(lambda: action() if self.rank == 0 else None, kind)[0]  # type: ignore[return-value]
 
 
+def _try_to_remove(folder: Path) -> None:
+    """Another process may have a file of it open (NFS then keeps the folder): no reason to call a save failed."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s could not be removed, the next save tries again: %s", folder, error)
+
+
 def _describe(path: Path) -> Entry:
+    """Size and CRC-32 of a file, which is then on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return [path.stat().st_size, _crc32(path)]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names in a folder are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _crc32(path: Path) -> int:

@@ -164,9 +164,14 @@ class _Sink(io.RawIOBase):
 
     def __init__(self, raw: Any) -> None:
         self.raw, self.bytes, self.crc = raw, 0, 0
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self.raw.write(data)
+        try:
+            self.raw.write(data)
+        except OSError as error:
+            self._error = error
+            raise
         count = len(data)
         self.bytes, self.crc = self.bytes + count, zlib.crc32(data, self.crc)
         return count
@@ -175,7 +180,13 @@ class _Sink(io.RawIOBase):
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes  # torch.save writes the whole storage
         if not (alone and tensor.is_contiguous() and tensor.device.type == "cpu"):
             tensor = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        torch.save(tensor, self)  # type: ignore[arg-type]  # all that it needs is here
+        try:
+            torch.save(tensor, self)  # type: ignore[arg-type]  # all that it needs is here
+        except RuntimeError:
+            # What torch's writer says when it is interrupted hides why it was.
+            if self._error is not None:
+                raise self._error from None
+            raise
 
 
 def write_index(path: Path, shares: Iterable[Share]) -> None:

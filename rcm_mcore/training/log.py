@@ -75,15 +75,16 @@ class RunLog:
         wandb_id: str | None,
     ) -> None:
         self.wandb_id = wandb_id
-        self._console = self._file = self._wandb = self._events = None
+        self._console = self._wandb = None
+        self._file: _Lines | None = None
+        self._events: _Lines | None = None
         self._step = start
         self._save_seconds: float | None = None
         if not is_main:
             return
-        self._events = folder / "events.jsonl"
-        path = folder / "log.jsonl"
-        _drop_after(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._events = _Lines(folder / "events.jsonl")
+        self._file = _Lines(folder / "log.jsonl")
+        _drop_after(self._file.path, start)
         self._console = Console(start=start, total=total, cycle=cycle)
         if config.wandb:
             failed = self._without_wandb
@@ -98,8 +99,7 @@ class RunLog:
         assert not unknown, f"log keys without a documented meaning: {sorted(unknown)}"
         line = {key: _finite(values.get(key)) for key in KEYS} | {"save_seconds": self._save_seconds}
         self._step, self._save_seconds = values["step"], None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.append(line)
         self._console.write(line)
         if self._wandb is not None:
             self._wandb.log(line)
@@ -109,18 +109,14 @@ class RunLog:
         self._step = step
         if self._file is None or self._console is None:
             return
-        path = Path(self._file.name)
-        self._file.close()
-        _drop_after(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        _drop_after(self._file.path, step)
         self._console.rewind(step)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is not a step."""
         if self._events is None:
             return
-        with self._events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "step": self._step, "event": kind, **facts}) + "\n")
+        self._events.append({"time": time.time(), "step": self._step, "event": kind, **facts})
 
     def image(self, name: str, path: Path) -> None:
         """A picture of the last step, to wandb."""
@@ -135,14 +131,38 @@ class RunLog:
         """Flush and finish."""
         if self._console is not None:
             self._console.close()
-        if self._file is not None:
-            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _without_wandb(self, why: str) -> None:
         log.warning("the run goes on without wandb: %s", why)
         self.event("wandb_failed", error=why)
+
+
+class _Lines:
+    """A file of JSON lines. What a full disk keeps from being written is written later: it must not end a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._left, self._warned = path, b"", False
+
+    def append(self, line: dict[str, Any]) -> None:
+        """One more line, whole or not yet."""
+        self._left += json.dumps(line).encode() + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size, left = file.tell(), self._left
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written now (%s); its lines wait", self.path, error)
+            self._warned = True
+            return
+        self._left, self._warned = b"", False
 
 
 def _finite(value: Any) -> Any:

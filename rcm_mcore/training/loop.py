@@ -92,11 +92,14 @@ class _Training:
             if run.state.step % self.config.checkpoint.every == 0 and run.state.step != self.saver.saved_step:
                 self._save()
             if self.sheets is not None and run.state.step % self.config.log.sheet_every == 0:
-                self.watchdog.beat(f"drawing samples after step {run.state.step}")
+                if _agreed(self.stop, self.saver)[0]:  # no time for a sheet
+                    continue
+                self._patiently(f"drawing samples after step {run.state.step}")
                 self.sheets.make(run.state.step, self.log)
         if run.state.step != self.saver.saved_step:
             self._save()
-        self.watchdog.beat("writing the last checkpoint", patience_minutes=self.config.mesh.timeout_minutes)
+        while self.saver.is_writing(seconds=1.0):  # that may take any time, as long as it goes on
+            self._patiently("writing the last checkpoint")
         self.saver.settle(last=True)
         if run.state.step < total and run.mesh.is_main:
             self.log.event("stopped", signal=received)
@@ -109,9 +112,15 @@ class _Training:
         self.run.folder.unlock()
         self.log.close()
 
+    def _patiently(self, what: str) -> None:
+        """A sign of life before what ranks do together without steps: it may take as long as they wait for one another."""
+        self.watchdog.beat(what, patience_minutes=self.config.mesh.timeout_minutes)
+
     def _save(self) -> None:
-        self.watchdog.beat(f"saving step {self.run.state.step}", patience_minutes=self.config.mesh.timeout_minutes)
         start = time.perf_counter()
+        while self.saver.is_writing(seconds=1.0):
+            self._patiently(f"waiting for the checkpoint before that of step {self.run.state.step}")
+        self._patiently(f"saving step {self.run.state.step}")
         save(self.run, self.saver)
         self.log.stood_still(time.perf_counter() - start)
 
@@ -136,6 +145,7 @@ class _Training:
             )
             self.recovery.passed()
         except NonFiniteError as error:
+            self._patiently(f"recovering from step {number}")
             metrics = self.recovery.after(error)
             if metrics is None:
                 return

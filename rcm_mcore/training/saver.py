@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -107,9 +108,17 @@ class Saver:
             error = CheckpointError(f"the checkpoint of step {save.step} was given up: {type(failure).__name__}: {failure}")
         save.seconds, save.error = time.perf_counter() - start, error
 
+    def is_writing(self, *, seconds: float) -> bool:
+        """Whether the save at hand is still being written after at most so many seconds."""
+        if self._thread is None:
+            return False
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
     def note_finished(self) -> None:
         """Report a save that has succeeded meanwhile; waits for nothing."""
-        if self._save is not None and not self.has_failed and (self._thread is None or not self._thread.is_alive()):
+        # In this order: a thread that ends between the two may have failed, which is told to all ranks first.
+        if self._save is not None and not self.is_writing(seconds=0.0) and not self.has_failed:
             self.settle()
 
     def settle(self, *, last: bool = False) -> None:
@@ -154,10 +163,15 @@ class _HostRoom:
         self._is_locked = False
         if parts and parts[0].is_cuda:
             # Of exactly this size, which torch's pinned allocator would round up to a power of two.
-            code = _cudart().cudaHostRegister(self._room.data_ptr(), self._room.numel(), 0)
-            self._is_locked = int(code) == 0
+            code = int(_cudart().cudaHostRegister(self._room.data_ptr(), self._room.numel(), 0))
+            self._is_locked = code == 0
             if not self._is_locked:
-                log.warning("%.1f GiB of host memory could not be page-locked (%s): saves stall longer", _gib(self._room), code)
+                _forget_cuda_error()
+                log.warning(
+                    "%.1f GiB of host memory could not be page-locked (CUDA error %d): saves stall longer",
+                    _gib(self._room),
+                    code,
+                )
 
     def copy(self, pieces: dict[str, Pieces]) -> dict[str, Pieces]:
         """The pieces' values now. Valid until the next copy."""
@@ -182,6 +196,12 @@ class _HostRoom:
             _cudart().cudaHostUnregister(self._room.data_ptr())
             self._is_locked = False
         self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _forget_cuda_error() -> None:
+    """The runtime keeps the error of a call that failed, and torch would raise it at its next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 def _padded(part: torch.Tensor) -> int:

@@ -183,13 +183,33 @@ def check_output(config: Config, needed: int, world_size: int) -> int:
             "new one is complete before an old one goes"
         )
     copies = needed * min(ranks_per_node(), world_size) / world_size
-    available = psutil.virtual_memory().available
+    available = host_memory()
     if config.checkpoint.asynchronous and copies > available:
         raise ValueError(
             f"checkpoint.asynchronous=true copies {copies / 2**30:.1f} GiB of state to this machine's memory, of which "
             f"{available / 2**30:.1f} GiB are available: set checkpoint.asynchronous=false, or use more machines"
         )
     return free
+
+
+def host_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of host memory that this process can still have: the machine's, or what the job's control groups (v2) allow."""
+    free = psutil.virtual_memory().available
+    try:
+        group = groups / own.read_text().strip().rpartition("::/")[2]
+    except OSError:
+        return free
+    while group.is_relative_to(groups):
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                free = min(free, int(limit) - int((group / "memory.current").read_text()))
+        except (OSError, ValueError):
+            pass  # the root has none
+        if group == groups:
+            break
+        group = group.parent
+    return max(free, 0)
 
 
 def negative(config: Config) -> Tensor:

@@ -19,10 +19,14 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _LEAD = 120.0
 
 
+class DeadlineError(ValueError):
+    """The end of the job's time limit is no time."""
+
+
 class StopRequest:
     """Whether this process was asked to stop. A signal is only noted: what is being done, a save say, is finished.
 
-    Raises: ValueError when SLURM_JOB_END_TIME, the end of a Slurm job in seconds since 1970, is no number.
+    Raises: DeadlineError when SLURM_JOB_END_TIME, the end of a Slurm job in seconds since 1970, is no number.
     """
 
     def __init__(self) -> None:
@@ -31,7 +35,7 @@ class StopRequest:
         try:
             self._deadline = float(end) - _LEAD if end else float("inf")
         except ValueError:
-            raise ValueError(f"SLURM_JOB_END_TIME={end}: must be seconds since 1970, as Slurm sets it") from None
+            raise DeadlineError(f"SLURM_JOB_END_TIME={end}: must be seconds since 1970, as Slurm sets it") from None
 
     @property
     def received(self) -> int:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch.distributed as dist
 from torch import Tensor
@@ -38,11 +39,12 @@ def pieces_to_save(trained: list[Trained], mesh: Mesh) -> dict[str, Pieces]:
     found: dict[str, Pieces] = {}
     for one in trained:
         state = one.optimizer.pieces()
-        for i, (name, param) in enumerate(one.net.named_parameters()):
+        for name, param in one.net.named_parameters():
             if tensor_parallel_dim(param) is None and mesh.tp_group.rank():
                 continue  # the first tensor-parallel rank's copy is saved
             holders = mesh.groups.expt_dp if on_every_stage(param) else mesh.groups.dp_cp
-            if i % holders.size() == holders.rank():
+            # By name, which is the same on every stage.
+            if crc32(name.encode()) % holders.size() == holders.rank():
                 found[f"{one.name}.{name}"] = _piece(param, mesh, Pieces(param.shape, (((0,) * param.ndim, param.detach()),)))
             for kind, pieces in state.get(param, {}).items():
                 found[_key(kind, one.name, name)] = _piece(param, mesh, pieces)
