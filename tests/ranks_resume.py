@@ -53,6 +53,7 @@ def rewrite(path, target):
     saver = Saver(folder, loaded.networks, config=loaded.config, mesh=loaded.mesh, report=lambda *event, **facts: None)
     save(loaded, saver)
     saver.settle(last=True)
+    saver.close()
 
 
 def pass_over(run, position):

@@ -197,6 +197,9 @@ class _HostRoom:
             self._is_locked = False
         self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
 
+    def __del__(self) -> None:
+        self.close()  # memory that is given back locked can be neither locked again nor copied to in part
+
 
 def _forget_cuda_error() -> None:
     """The runtime keeps the error of a call that failed, and torch would raise it at its next kernel."""
