@@ -10,13 +10,11 @@ import threading
 import time
 
 import launch
-import tiny
 
 from rcm_mcore.checkpoint.folder import check_files
 
 EVERY = 3  # steps between checkpoints
 PATIENCE = 900.0  # seconds for anything to happen on a busy machine
-TIMES = {"seconds", "data_seconds", "samples_per_second"}
 
 
 def until(condition, what, alive=lambda: True):
@@ -192,11 +190,6 @@ def events(folder):
         return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     except FileNotFoundError:
         return []
-
-
-def metrics(folder):
-    """The lines of the log without the times, which no two runs share."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in tiny.log_lines(folder)]
 
 
 def taken(place, name, ranks):

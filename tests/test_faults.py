@@ -23,7 +23,6 @@ from disturbed import (
     by_place,
     events,
     logged,
-    metrics,
     read_json,
     started,
     taken,
@@ -92,7 +91,7 @@ def check_samples(place, reference, name, steps, nodes=(0, 1)):
 def check_equal(place, reference, name, steps):
     """Log, weights, masters, second moments, EMA, counters and positions are those of the undisturbed run, bit for bit."""
     undisturbed, disturbed, last = place / reference, place / name, f"step_{steps:09d}"
-    assert metrics(disturbed) == metrics(undisturbed) and len(metrics(disturbed)) == steps
+    assert tiny.metrics(disturbed) == tiny.metrics(undisturbed) and len(tiny.metrics(disturbed)) == steps
     found = tiny.differences(disturbed / last, undisturbed / last)
     assert {key: value for key, value in found.items() if value != 0.0} == {}
     assert read_json(disturbed / last / "state.json") == read_json(undisturbed / last / "state.json") != {}
@@ -103,9 +102,9 @@ def check_equal(place, reference, name, steps):
 def check_close(place, reference, name, steps):
     """As `check_equal`, to the rounding of sums over other ranks."""
     undisturbed, disturbed, last = place / reference, place / name, f"step_{steps:09d}"
-    assert len(metrics(disturbed)) == steps
+    assert len(tiny.metrics(disturbed)) == steps
     worst = 0.0
-    for ours, theirs in zip(metrics(disturbed), metrics(undisturbed), strict=True):
+    for ours, theirs in zip(tiny.metrics(disturbed), tiny.metrics(undisturbed), strict=True):
         for key, value in theirs.items():
             if isinstance(value, float):
                 worst = max(worst, abs(ours[key] - value) / max(abs(value), 1e-30))

@@ -25,10 +25,6 @@ CHANGES = [
     ("tp2", "pp2"),
     ("pp2", "dp2"),
 ]  # a run's mesh, and that of its continuation
-TIMES = {
-    "seconds", "data_seconds", "samples_per_second", "tokens_per_second", "tflops_per_rank", "forward_backward_seconds",
-    "optimizer_seconds", "save_seconds",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,11 +106,6 @@ def state(checkpoint):
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def metrics(folder):
-    """The lines of the log without the times, which no two runs share."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in tiny.log_lines(folder)]
-
-
 def test_each_step_changes_its_own_network_and_the_student_alone_has_an_ema(runs):
     """Student and critic take turns; the other network, its optimizer state and, in critic steps, the EMA keep still."""
     before = tiny.all_tensors(runs / "one" / "step_000000001")
@@ -135,7 +126,7 @@ def test_each_step_changes_its_own_network_and_the_student_alone_has_an_ema(runs
 @pytest.mark.parametrize("mesh", MESHES)
 def test_resumed_on_the_same_mesh_is_bit_equal(runs, mesh):
     unbroken, resumed = runs / mesh, runs / f"{mesh}_{mesh}"
-    assert metrics(resumed) == metrics(unbroken)
+    assert tiny.metrics(resumed) == tiny.metrics(unbroken)
     found = tiny.differences(resumed / "step_000000006", unbroken / "step_000000006")
     assert {key: value for key, value in found.items() if value != 0.0} == {}
     for kind in ("student.", "fake_score.", "ema.student.", "optimizer.state.param.", "optimizer.state.exp_avg_sq."):
@@ -148,7 +139,7 @@ def test_resumed_on_the_same_mesh_is_bit_equal(runs, mesh):
 @pytest.mark.parametrize("source, mesh", CHANGES)
 def test_resumed_on_another_mesh_equals_to_rounding(runs, source, mesh):
     unbroken, resumed = runs / source, runs / f"{source}_{mesh}"
-    for ours, theirs in zip(metrics(resumed), metrics(unbroken), strict=True):
+    for ours, theirs in zip(tiny.metrics(resumed), tiny.metrics(unbroken), strict=True):
         for key, value in theirs.items():
             if isinstance(value, float):
                 assert abs(ours[key] - value) <= 2e-6 * abs(value), (ours["step"], key)
@@ -243,15 +234,15 @@ def test_a_step_that_is_not_finite_can_be_skipped(runs, name):
 
 def test_a_run_rolls_back_and_takes_another_way(runs):
     """As if the run had been resumed from its checkpoint by hand, past the samples since, with other noise."""
-    assert metrics(runs / "rolled_back") == metrics(runs / "by_hand")
+    assert tiny.metrics(runs / "rolled_back") == tiny.metrics(runs / "by_hand")
     ours, theirs = (runs / name / "step_000000006" for name in ("rolled_back", "by_hand"))
     assert set(tiny.differences(ours, theirs).values()) == {0.0}
     assert state(ours) == state(theirs)
     assert (state(ours)["rollbacks"], state(ours)["data"]["samples"]) == (1, 32)  # four steps, two of them in vain, and three
     (event,) = [e for e in tiny.events(runs / "rolled_back") if e["event"] == "rolled_back"]
     assert (event["step"], event["failed_after"]) == (3, 4) and "are not finite" in event["error"]
-    undisturbed = metrics(runs / "dp2")
-    assert metrics(runs / "rolled_back")[:3] == undisturbed[:3] and metrics(runs / "rolled_back")[3] != undisturbed[3]
+    undisturbed = tiny.metrics(runs / "dp2")
+    assert tiny.metrics(runs / "rolled_back")[:3] == undisturbed[:3] and tiny.metrics(runs / "rolled_back")[3] != undisturbed[3]
 
 
 def test_what_does_not_recover_stops(runs):
@@ -286,7 +277,7 @@ def test_killed_in_mid_run_and_started_again_equals_unbroken(runs):
     (left / "__0_0.distcp").write_bytes(b"half")
 
     subprocess.run(command, env=launch.environment(), check=True, capture_output=True, text=True)
-    assert metrics(killed) == metrics(runs / "teacher")
+    assert tiny.metrics(killed) == tiny.metrics(runs / "teacher")
     found = tiny.differences(killed / "step_000000012", runs / "teacher" / "step_000000012")
     assert set(found.values()) == {0.0}
     assert state(killed / "step_000000012") == state(runs / "teacher" / "step_000000012")

@@ -29,7 +29,6 @@ STUDENTS = [("one", "student", 1), ("one", "student", 4), ("one", "ema", 1), ("o
 STUDENTS += [("bfloat16", "student", 1), ("bfloat16", "ema", 1)]
 TEACHER = {"sampler": "euler", "steps": TEACHER_STEPS, "shift": 3.0, "guidance": 2.0}
 TEACHERS = [("teacher", "student"), ("teacher", "ema"), ("first_last", "student"), ("frames", "ema")]
-TIMES = {"seconds", "data_seconds", "samples_per_second"}
 
 
 WIDE = [16, *tiny.LATENT[1:]]
@@ -193,7 +192,7 @@ def equal(runs, name):
     assert set(tiny.differences(ours / "step_000000004", plain / "step_000000004").values()) == {0.0}
     state = [json.loads((folder / "step_000000004" / "state.json").read_text()) for folder in (ours, plain)]
     assert state[0] == state[1]
-    lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in tiny.log_lines(f)] for f in (ours, plain)]
+    lines = [tiny.metrics(folder) for folder in (ours, plain)]
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
 

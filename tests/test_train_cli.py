@@ -320,13 +320,14 @@ def test_log_lines_have_the_documented_keys(outcomes, place):
     assert all(isinstance(line[k], float) for line in lines for k in ("loss", "grad_norm", "lr", "seconds", "bad_samples"))
     assert lines[0]["loss_scm"] is None and lines[2]["loss_scm"] is not None
     for line in lines:
-        parts = [line[key] for key in ("data_seconds", "forward_backward_seconds", "optimizer_seconds")]
+        parts = [line[key] for key in ("data_seconds", "forward_backward_seconds")]
         assert all(part > 0 for part in parts) and sum(parts) < line["seconds"]
         assert line["tokens_per_second"] == pytest.approx(4 * 8 / line["seconds"]) and line["tflops_per_rank"] > 0
     assert [line["save_seconds"] is None for line in lines] == [True, False, True]
     told = [json.loads(text) for text in (run_folder(place, "good") / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in told if event["event"] == "saved"] == [1, 2]
-    assert lines[1]["save_seconds"] == next(event["seconds"] for event in told if event["event"] == "saved")
+    assert lines[1]["save_seconds"] >= next(event["stalled_seconds"] for event in told if event["event"] == "saved")
+    assert [line["optimizer_seconds"] is None for line in lines] == [True, False, True]  # of the network's step before
 
 
 def test_a_save_that_fails_leaves_a_run_to_resume(outcomes, place, mesh):

@@ -95,5 +95,17 @@ def log_lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+# What no two runs share.
+MEASURED = {
+    "seconds", "data_seconds", "forward_backward_seconds", "optimizer_seconds", "save_seconds", "samples_per_second",
+    "tokens_per_second", "tflops_per_rank", "mfu", "memory_gib",
+}  # fmt: skip
+
+
+def metrics(folder):
+    """The lines of the log without times and memory."""
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in log_lines(folder)]
+
+
 def events(folder):
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
