@@ -325,7 +325,7 @@ def test_log_lines_have_the_documented_keys(outcomes, place):
         assert line["tokens_per_second"] == pytest.approx(4 * 8 / line["seconds"]) and line["tflops_per_rank"] > 0
     assert [line["save_seconds"] is None for line in lines] == [True, False, True]
     told = [json.loads(text) for text in (run_folder(place, "good") / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in told if event["event"] == "saved"] == [1, 2]
+    assert [event["saved_step"] for event in told if event["event"] == "saved"] == [1, 2]
     assert lines[1]["save_seconds"] >= next(event["stalled_seconds"] for event in told if event["event"] == "saved")
     assert [line["optimizer_seconds"] is None for line in lines] == [True, False, True]  # of the network's step before
 
