@@ -13,6 +13,9 @@ export RCM_PYTHON="${RCM_PYTHON:-$RCM_ROOT/.venv/bin/python}"
 # Processes of each node: its GPUs.
 export RCM_RANKS_PER_NODE="${RCM_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
 
+# Times that torchrun starts the ranks again within a job when one fails, before the job is requeued.
+export RCM_MAX_RESTARTS="${RCM_MAX_RESTARTS:-0}"
+
 # Address of the first node and a port, where node names do not resolve or ports are restricted.
 export RCM_HEAD_ADDRESS="${RCM_HEAD_ADDRESS:-}"
 export RCM_HEAD_PORT="${RCM_HEAD_PORT:-}"

@@ -5,6 +5,9 @@ export PYTHONSAFEPATH=1  # the repository's root holds a folder named kernels, w
 # Preemption sends SIGTERM to every process of the job. torchrun would end its workers 30 s later; they save and end by themselves.
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 
+# Ranks that torchrun starts again need a store of their own (docs/faults.md).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # on_nodes N COMMAND...: one task on each of N nodes, in the container if there is one.
 on_nodes() {
   local nodes=$1 container=()
@@ -23,7 +26,7 @@ torchrun() {
   local head=${RCM_HEAD_ADDRESS:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   local port=${RCM_HEAD_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   on_nodes "$SLURM_JOB_NUM_NODES" "$RCM_PYTHON" -m torch.distributed.run \
-    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RCM_RANKS_PER_NODE" \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RCM_RANKS_PER_NODE" --max-restarts="$RCM_MAX_RESTARTS" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
 }
 

@@ -98,7 +98,7 @@ def test_arguments_reach_the_trainer_as_they_are(site):
     done = site.script("rcm_14b.sh", *overrides)
     assert done.returncode == 0 and "finished: 9 steps" in done.stdout, done.stderr
     assert site.called("torchrun") == [
-        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d",
+        "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--rdzv-backend=c10d",
         "--rdzv-endpoint=node07:24242", "--rdzv-id=4242.0", "-m", "rcm_mcore.train", str(site.config), *overrides,
     ]  # fmt: skip
     first = (site.folder / "srun").read_text().split("\n")[0].split("\0")
@@ -108,6 +108,7 @@ def test_arguments_reach_the_trainer_as_they_are(site):
     assert all(ignored >> (number - 1) & 1 for number in (10, 15))  # USR1 and TERM: torchrun must outlive them
     environment = (site.folder / "environment").read_text().splitlines()
     assert "PYTHONSAFEPATH=1" in environment and "PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT" in environment
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
 
 
 @pytest.mark.parametrize("script, example", [("rcm_14b.sh", "wan_14b"), ("rcm_1_3b.sh", "wan_1_3b")])
@@ -127,7 +128,9 @@ def test_each_script_has_its_example(site, script, example):
 def test_headers_ask_for_a_signal_and_a_requeue():
     for name in ("rcm_14b.sh", "rcm_1_3b.sh"):
         header = [line for line in (ROOT / "launch_slurm" / name).read_text().splitlines() if line.startswith("#SBATCH")]
-        assert {"#SBATCH --signal=USR1@300", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(header)
+        assert {"#SBATCH --signal=USR1@300", "#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --mem=0"} <= set(
+            header
+        )
 
 
 def test_a_stopped_run_is_requeued(site):
