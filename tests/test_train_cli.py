@@ -334,8 +334,8 @@ def test_a_save_that_fails_leaves_a_run_to_resume(outcomes, place, mesh):
     assert outcomes["full disk"]["code"] == 1
     line = error_line(outcomes["full disk"])
     assert "the checkpoint of step 3 could not be written" in line and "the checkpoint of step 1 is untouched" in line
-    kinds = [(e["event"], e.get("saved_step")) for e in tiny.events(run_folder(place, "full"))]
-    assert kinds[:4] == [("started", None), ("saved", 1), ("save_failed", 2), ("save_failed", 3)]  # one is forgiven
+    kinds = [(e["event"], e["saved_step"]) for e in tiny.events(run_folder(place, "full")) if "saved_step" in e]
+    assert kinds[:3] == [("saved", 1), ("save_failed", 2), ("save_failed", 3)]  # one is forgiven
     assert outcomes["space again"]["code"] == 0
     assert [line["step"] for line in tiny.log_lines(run_folder(place, "full"))] == [1, 2, 3]
     assert newest(place, "full", mesh).name == "step_000000003"
