@@ -40,7 +40,8 @@ demo-clean:
 .PHONY: test-slurm
 test-slurm: setup
 	command -v slurmctld >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge; }
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge; } || \
+		echo "Slurm could not be installed"
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py -rs
 
 # Ranks, jobs and nodes killed at random moments; RCM_FAULT_SEED=N repeats the moments of a run that printed it.
