@@ -37,16 +37,8 @@ from rcm_mcore.models import build_model
 SCRIPT = launch.HERE / "ranks_faults.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_rounding():
-    """The results of Intel's BLAS depend on where in memory its operands happen to lie, unless it is told otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MKL_CBWR", "COMPATIBLE")
-        yield
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, mesh):
+def place(tmp_path_factory, mesh, same_rounding):
     """Shards and a teacher."""
     place = tmp_path_factory.mktemp("faults")
     tiny.make_shards(place / "shards")

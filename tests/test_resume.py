@@ -27,16 +27,8 @@ CHANGES = [
 ]  # a run's mesh, and that of its continuation
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_rounding():
-    """The results of Intel's BLAS depend on where in memory its operands happen to lie, unless it is told otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MKL_CBWR", "COMPATIBLE")
-        yield
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, same_rounding):
     """Unbroken runs under each mesh, and runs cut after step 3 and resumed under the same or another mesh."""
     folder = tmp_path_factory.mktemp("resume")
     tiny.make_shards(folder / "shards")
