@@ -34,7 +34,7 @@ from rcm_mcore.training.state import RunState, read_state
 from rcm_mcore.training.step import with_draws
 
 # What may differ between a teacher's stored model section and ours: numerics and execution, not architecture.
-_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "transformer_impl")
+_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "compile", "transformer_impl")
 
 
 @dataclass(kw_only=True)

@@ -92,5 +92,5 @@ def apply(layer: Any, x: Tensor) -> Tensor: ...
 @overload
 def apply(layer: Any, x: MaybeDual) -> MaybeDual: ...
 def apply(layer: Any, x: MaybeDual) -> MaybeDual:
-    """The layer without its bias, once for both halves of a Dual."""
+    """The layer without its bias."""
     return dual.linear(lambda z: layer(z)[0], x)
