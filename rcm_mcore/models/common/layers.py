@@ -176,7 +176,8 @@ class CrossAttention(_Attention):
 
     def _keys(self, context: Tensor, linear: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [X, B, N, D] of context [X, B, ...]."""
-        k, v = _split_heads(ew.add(apply(linear, context), linear.bias), parts=2, head_dim=self.head_dim)
+        # Never float8: few rows, whose rounding every token would see.
+        k, v = _split_heads(ew.add(linear(context)[0], linear.bias), parts=2, head_dim=self.head_dim)
         return self._normalize(k, primal(self.square_sums(k)), weight=weight), v
 
     def _normalize(self, x: Tensor, sums: Tensor, *, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rcm_mcore import dual
 from rcm_mcore.dual import MaybeDual
+from rcm_mcore.models.common import fp8
 
 
 @dataclass(frozen=True)
@@ -92,5 +93,8 @@ def apply(layer: Any, x: Tensor) -> Tensor: ...
 @overload
 def apply(layer: Any, x: MaybeDual) -> MaybeDual: ...
 def apply(layer: Any, x: MaybeDual) -> MaybeDual:
-    """The layer without its bias, once for both halves of a Dual."""
+    """The layer without its bias, once for both halves of a Dual; float8 where the network's forward says so."""
+    if fp8.are_fp8():
+        assert isinstance(x, Tensor), "float8 passes carry no tangent"
+        return fp8.parallel_linear(layer, x)
     return dual.linear(lambda z: layer(z)[0], x)
