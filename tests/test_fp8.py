@@ -20,6 +20,8 @@ from rcm_mcore.distill.phases import Phase
 from rcm_mcore.dual import Dual, primal
 from rcm_mcore.models import build_model
 from rcm_mcore.models.common import fp8
+from rcm_mcore.sampling import request
+from rcm_mcore.training import setup
 from rcm_mcore.training.setup import build_networks
 from rcm_mcore.training.step import StepBatch, run_step
 
@@ -280,3 +282,32 @@ def test_gpus_before_hopper_are_refused(monkeypatch, capability, refused):
             fp8.require_fp8(model)
     else:
         fp8.require_fp8(model)
+
+
+def test_a_run_is_checked_for_it(monkeypatch):
+    def refuse(model):
+        raise ValueError(f"float8 is {model.fp8_forwards}")
+
+    monkeypatch.setattr(setup, "require_fp8", refuse)
+    with pytest.raises(ValueError, match="float8 is False"):
+        setup.check(parse_config(tiny.config("shards", "run")), 1)
+
+
+def test_a_teacher_may_have_been_trained_without(monkeypatch):
+    stored = {**tiny.MODEL, "dtype": "bfloat16"}
+    monkeypatch.setattr(setup, "model_of", lambda path: stored)
+    monkeypatch.setattr(setup, "require_network", lambda path, which: None)
+    tree = tiny.config("shards", "run", "distill", model={**stored, "fp8_forwards": True}, distill={"teacher": "t"})
+    setup.check_teacher(parse_config(tree))
+    with pytest.raises(ValueError, match=r"model\.text_len"):
+        setup.check_teacher(parse_config({**tree, "model": {**tree["model"], "text_len": 6}}))
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_samples_are_made_without(monkeypatch, dtype):
+    stored = {**tiny.MODEL, "dtype": "bfloat16", "fp8_forwards": True}
+    monkeypatch.setattr(request, "model_of", lambda path: stored)
+    monkeypatch.setattr(request, "require_network", lambda path, which: None)
+    config = request.SamplerConfig(checkpoint="run", text_encoder="none", latent_shape=tuple(tiny.LATENT), dtype=dtype)
+    model = request.check(config, 1)
+    assert not model.fp8_forwards and model.dtype == (dtype or "bfloat16")
