@@ -63,6 +63,11 @@ def validate_mesh(model: ModelConfig, mesh: MeshConfig, world_size: int, *, toke
             f"mesh.tp={mesh.tp} must divide model.num_attention_heads={heads} and model.ffn_hidden_size={ffn}: "
             f"use one of {works}"
         )
+    if model.fp8_forwards and (model.hidden_size % (16 * mesh.tp) or ffn % (16 * mesh.tp)):
+        raise ValueError(
+            f"model.fp8_forwards=true needs model.hidden_size={model.hidden_size} and model.ffn_hidden_size={ffn} to be "
+            f"multiples of 16 on each of mesh.tp={mesh.tp} ranks: use a smaller mesh.tp, or model.fp8_forwards=false"
+        )
     if mesh.sp and mesh.tp == 1:
         raise ValueError("mesh.sp=true with mesh.tp=1: sequence parallelism splits over tensor-parallel ranks; set mesh.tp > 1")
     if mesh.cp < 1:

@@ -72,6 +72,8 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "selective"
     compile: bool = True  # on GPUs, fuse what is computed between matmuls and attention with torch.compile
     transformer_impl: Literal["local", "transformer_engine"] = "local"
+    # The linears of blocks in float8 where a pass needs no gradient and no tangent: teacher, rollouts, evaluated fake score.
+    fp8_forwards: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -94,6 +96,13 @@ class ModelConfig:
         if self.condition not in _CONDITIONS[self.family]:
             raise ValueError(
                 f"model.condition={self.condition}: model.family={self.family} takes {', '.join(_CONDITIONS[self.family])}"
+            )
+        if self.fp8_forwards and self.dtype != "bfloat16":
+            raise ValueError(f"model.fp8_forwards=true with model.dtype={self.dtype}: float8 products come out as bfloat16")
+        if self.fp8_forwards and self.transformer_impl != "local":
+            raise ValueError(
+                f"model.fp8_forwards=true with model.transformer_impl={self.transformer_impl}: float8 is for the linears of "
+                "model.transformer_impl=local"
             )
         for name in (
             "num_layers",

@@ -77,7 +77,8 @@ class Draw:
 def check(config: SamplerConfig, world_size: int) -> ModelConfig:
     """The model to sample on `world_size` ranks; ValueError naming what is wrong before anything is loaded."""
     section = model_of(config.checkpoint)
-    model = parse_model(section | ({"dtype": config.dtype} if config.dtype else {}))
+    # Samples are made in the network's own dtype, whatever its training rounded.
+    model = parse_model(section | {"fp8_forwards": False} | ({"dtype": config.dtype} if config.dtype else {}))
     tokens = tokens_per_sample(model, config.latent_shape)
     validate_mesh(model, config.mesh, world_size, tokens=tokens)
     require_network(config.checkpoint, config.which)

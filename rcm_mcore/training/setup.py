@@ -24,6 +24,7 @@ from rcm_mcore.distill.phases import steps_by_kind
 from rcm_mcore.distill.steps import Roles
 from rcm_mcore.interop import expected_shapes
 from rcm_mcore.models import DiffusionTransformer
+from rcm_mcore.models.common.fp8 import require_fp8
 from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, init_distributed, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
@@ -34,7 +35,7 @@ from rcm_mcore.training.state import RunState, read_state
 from rcm_mcore.training.step import with_draws
 
 # What may differ between a teacher's stored model section and ours: numerics and execution, not architecture.
-_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "compile", "transformer_impl")
+_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "compile", "transformer_impl", "fp8_forwards")
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     Returns facts about the run. Raises ValueError naming the field, its value and what would work.
     """
     parallel_linears(config.model.transformer_impl)
+    require_fp8(config.model)
     attention = choose_attention(config)
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     dp = validate_mesh(config.model, config.mesh, world_size, tokens=tokens)

@@ -88,7 +88,7 @@ def read_state(path: Path, trained: list[Trained], *, config: Config, mesh: Mesh
     stored = config_of(path)
     # Parsed: a run of an older version lacks the fields that came since.
     saved, ours = asdict(parse_model(stored["model"])), asdict(config.model)
-    different = [k for k in ours if ours[k] != saved[k] and k not in ("recompute", "transformer_impl", "dtype")]
+    different = [k for k in ours if ours[k] != saved[k] and k not in ("recompute", "transformer_impl", "fp8_forwards", "dtype")]
     if different:
         raise ValueError(
             f"checkpoint.dir={config.checkpoint.dir} holds a run of another model: "

@@ -25,6 +25,7 @@ from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
 from rcm_mcore.interop.dcp import Pieces
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.blocks import BlockStack, Conditioning
+from rcm_mcore.models.common.fp8 import fp8_forwards
 from rcm_mcore.models.common.parameters import pieces
 from rcm_mcore.parallel.sequence import gather_sequence, scatter_sequence
 
@@ -153,7 +154,8 @@ class DiffusionTransformer(MegatronModule):
             hidden, self._from_stage_before = self._from_stage_before, None
             assert hidden is not None, "set_input_tensor comes first"
             y = dual.unstack(hidden) if isinstance(x, Dual) else hidden
-        y = self.blocks(y, cond, self.chunk_layers[chunk])
+        with fp8_forwards(model.fp8_forwards and not torch.is_grad_enabled() and not isinstance(y, Dual)):
+            y = self.blocks(y, cond, self.chunk_layers[chunk])
         if not (self.post_process and chunk == self.num_chunks - 1):
             return dual.stack(y)
         y = rowwise(partial(self.head, eps=model.eps, given=given), y, e)

@@ -96,7 +96,7 @@ def heads(
     """x + bias [S, B, N parts D] -> `parts` of [S, B, N, D]; RMSNorm on the first len(weights), rotated if told how.
 
     RMSNorm is over `over` entries: all heads, whose squares sum to `sums` [n, S, B, 1], or None for the sums over the heads
-    that are here; or D, each head by itself. weights: [N D], or [D] for every head alike. positions: cos and sin [S, 1, 1, D/2].
+    that are here; or D, each head by itself. weights: [N D], or [D] for every head alike. positions: cos, sin [S, 1, 1, D/2].
     """
     split = _split_heads(x, bias, parts, head_dim)
     normed = []

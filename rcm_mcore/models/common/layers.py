@@ -172,7 +172,8 @@ class CrossAttention(_Attention):
 
     def _keys(self, context: Tensor, linear: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [X, B, N, D] of context [X, B, ...]."""
-        return self.heads(apply(linear, context), linear.bias, (weight,), 2)
+        # Never float8: few rows, whose rounding every token would see.
+        return self.heads(linear(context)[0], linear.bias, (weight,), 2)
 
 
 class FeedForward(nn.Module):
