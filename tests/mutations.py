@@ -1,10 +1,11 @@
 """Mistakes that were easy to make, each with the test that must notice (run by mutate.py)."""
 
 import mutations_data
+import mutations_memory
 import mutations_networks
 import mutations_runs
 from mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS = [*mutations_networks.MUTATIONS, *mutations_data.MUTATIONS, *mutations_runs.MUTATIONS]
+MUTATIONS = [*mutations_networks.MUTATIONS, *mutations_data.MUTATIONS, *mutations_memory.MUTATIONS, *mutations_runs.MUTATIONS]
