@@ -29,6 +29,7 @@ from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, init_distributed, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
+from rcm_mcore.training.offload import StreamedBlocks
 from rcm_mcore.training.preflight import Preflight, preflight, require_same
 from rcm_mcore.training.sheets import check_sheets
 from rcm_mcore.training.state import RunState, read_state
@@ -309,6 +310,8 @@ def build_networks(
     student_steps, critic_steps = steps_by_kind(steps, distill)
     teacher = build_network(config.model, mesh, trainable=False)
     load_teacher(teacher)
+    if "teacher" in config.train.offload:
+        StreamedBlocks(list(teacher.blocks.values()))
     student_net = build_network(config.model, mesh, trainable=True)
     if not resuming:
         load_teacher(student_net)
