@@ -104,12 +104,13 @@ def test_formats():
     assert torch.equal(rounded(Dual(x, x), Formats("wide", "bf16")).primal, x)
 
 
-def test_the_tangent_is_that_of_the_direction(build):
-    """Finite differences in float64 find it, with an error of the second order."""
+def test_the_tangent_is_that_of_the_direction(build, monkeypatch):
+    """Finite differences in float64 find it, with an error of the second order, and the best step is chosen."""
+    monkeypatch.setattr("rcm_mcore.distill.tangent_error.STEPS", (1e-3, 1e-5, 1e-2))
     net = build("float64")
     problem = make_problem(net, 0.8, LATENT)
     found = differences(net, problem, run(net, problem))
-    assert found["F_dot"] < 1e-3 and found["h"] == 0.003 and found["F"] == 0.0
+    assert found["F_dot"] < 1e-5 and found["h"] == 1e-5 and found["F"] == 0.0
 
 
 def test_errors_are_relative_to_the_reference():
@@ -134,7 +135,7 @@ def test_random_weights_have_the_traits_that_are_asked_for(build, tool):
         assert all(0.7 * scaling.gate < gate < 1.4 * scaling.gate for gate in found[setting]["gates"])
         assert 0.6 * scaling.logits < found[setting]["logits"][0] < 1.5 * scaling.logits
     mild, harsh = found["mild"], found["harsh"]
-    assert 2 < mild["stream"][-1] / mild["stream"][0] < 9 < harsh["stream"][-1] / harsh["stream"][0] < 60
+    assert 2 < mild["stream"][-1] / mild["stream"][0] < 9 < harsh["stream"][-1] / harsh["stream"][0] < 100
     assert max(mild["outlier"]) < 6 < 15 < max(harsh["outlier"])
     assert all(0.5 < w["F"] < 3 and 0.1 < w["F_dot_over_F"] < 10 for w in found.values())
 
@@ -170,8 +171,8 @@ def test_a_record(tmp_path):
         assert [r["t"] for r in found["records"]] == [0.8, 1.2]
         for record in found["records"]:
             rows = record["rows"]
-            assert all(0 < row["F_dot"] < 1 and row["g"] > 0 and row["cosine_g"] <= 1 + 1e-9 for row in rows.values())
-            assert rows["emulated"]["F_dot"] < rows["finite differences"]["F_dot"]
+            assert all(row["F_dot"] > 0 and row["g"] > 0 and row["cosine_g"] <= 1 + 1e-9 for row in rows.values())
+            assert rows["emulated"]["F_dot"] < 0.03 < rows["finite differences"]["F_dot"]
             assert 0 < record["float32_against_float64"] < 1e-4
         assert set(found["seconds"]) == {"shipped", "shipped, fp32_residual", "shipped, bf16_time"}
     text = (tmp_path / "tangent_tiny.md").read_text()

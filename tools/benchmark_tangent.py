@@ -14,10 +14,12 @@ stand for choices that no configuration offers; the first of them should give wh
 differences take two evaluations of the shipped network, (F(x + h dx) - F(x - h dx)) / 2h, at the h with the least error.
 
 Random weights are scaled (`Scaling`), because plain initial values give zero outputs, a flat residual stream and a tangent that
-the fastest sinusoid of time drowns. `mild` and `harsh` are two guesses of what training leaves behind; what they lead to is
-printed. Trained networks have more: along a trajectory of the teacher the change of F by x and its change by t nearly cancel.
-Errors scale with the two parts and not with their sum, so `cancellation` = (|F_x dx| + |F_t dt|) / |F_dot| is printed too: an
-error relative to F_dot grows in proportion to it.
+the fastest sinusoids of time drown. `mild` and `harsh` are two guesses of what training leaves behind. What they lead to is
+printed, so that it can be held against a trained network (--checkpoint). That of tools/demo.py has a time embedding with
+|de/ds| about 12 |e|, as `harsh`: its weights on fast sinusoids are still what initialization gave them.
+
+F_dot is a sum, of the change of F by x and the change by t. Errors grow with the parts, and the straighter the trajectories of
+the teacher, the more the parts cancel: `cancellation` = (|F_x dx| + |F_t dt|) / |F_dot| says how much of an error is due to it.
 
 Seconds: a dual pass, median of several, the networks taking turns. Writes tangent_NAME.json, .md and, with matplotlib, .png.
 """
@@ -46,7 +48,7 @@ from rcm_mcore.diffusion.trigflow import trig_velocity
 from rcm_mcore.distill.roles import conditioned
 from rcm_mcore.distill.tangent_error import Problem, compare, describe, differences, emulated, error, make_problem, run
 from rcm_mcore.models import DiffusionTransformer, build_model
-from rcm_mcore.models.wan.rounded import ALL_WIDE, WIDE, Formats, Roundings
+from rcm_mcore.models.wan.rounded import ALL_WIDE, FP16, WIDE, Formats, Roundings
 from rcm_mcore.parallel.mesh import Mesh, make_mesh
 
 TOLERANCE = 1e-3  # of the emulation without rounding against the reference
@@ -71,10 +73,12 @@ EMULATED: dict[str, Roundings] = {
     "attention: tangent out in fp32": Roundings(attention_out=_TANGENT),
     "attention: tangents in and out in fp32": Roundings(attention=_TANGENT, attention_out=_TANGENT),
     "attention: primals in and out in fp32": Roundings(attention=_PRIMAL, attention_out=_PRIMAL),
+    "attention: fp16": Roundings(attention=FP16),
     "every tangent fp32": Roundings(*[_TANGENT] * 5),
     "every primal fp32": Roundings(*[_PRIMAL] * 5),
     "residual fp32, tangents of linears split": Roundings(WIDE, _SPLIT, _TANGENT),
     "residual fp32, primals of linears split": Roundings(WIDE, _SPLIT_PRIMAL, _PRIMAL),
+    "residual fp32, attention fp16": Roundings(residual=WIDE, attention=FP16),
     "residual fp32, attention fp32": Roundings(residual=WIDE, attention=WIDE, attention_out=WIDE),
 }
 
@@ -90,14 +94,12 @@ class Scaling:
     gate: float  # RMS of the gates: blocks add little to the stream
     growth: float  # of the last block's branches over the first's: the stream grows with depth
     outlier: float  # factor on the branches, and in the first hidden states, of one channel in 256: massive activations
-    fastest: (
-        float  # time scale, in s: slower sinusoids reach the network, faster ones fade as trained networks are smooth in time
-    )
+    fast_time: float  # weight on sinusoids of s far above 10 radians per unit, over that on slow ones
 
 
 SETTINGS = {
-    "mild": Scaling(logits=1.0, gate=0.3, growth=5.0, outlier=1.0, fastest=0.1),
-    "harsh": Scaling(logits=3.0, gate=0.3, growth=50.0, outlier=30.0, fastest=0.03),
+    "mild": Scaling(logits=1.0, gate=0.3, growth=5.0, outlier=1.0, fast_time=0.005),
+    "harsh": Scaling(logits=3.0, gate=0.3, growth=50.0, outlier=30.0, fast_time=0.06),
 }
 
 
@@ -126,7 +128,7 @@ def random_weights(net: DiffusionTransformer, scaling: Scaling) -> None:
             if name == "time_embedding.0.weight":
                 half = full.shape[1] // 2
                 speed = 1000.0 * 10000.0 ** (-torch.arange(half, device=full.device) / half)
-                passed = 1 / (1 + (speed * scaling.fastest) ** 2)
+                passed = scaling.fast_time + (1 - scaling.fast_time) / (1 + (speed / 10) ** 2)
                 full *= (passed * (2 * half / passed.square().sum()).sqrt()).repeat(2)
             elif name in ("time_embedding.2.weight", "text_embedding.2.weight") or parts[-2] == "linear_fc2":
                 full *= 1.6  # after an activation, which leaves about 0.6
@@ -238,13 +240,13 @@ def table(records: list[dict[str, Any]], times: dict[str, float]) -> str:
 def account(records: list[dict[str, Any]]) -> str:
     """Markdown of what the weights lead to, at each t."""
     heads = ["t", "stream, first / middle / last block", "its tangent", "largest channel / median", "logits", "gates", "F"]
-    heads += ["F_T", "F_dot / F", "F_x dx / F_dot", "F_t dt / F_dot", "cancellation", "float32 against float64"]
+    heads += ["F_T", "de/ds / e", "F_dot / F", "F_x dx / F_dot", "F_t dt / F_dot", "cancellation", "float32 against float64"]
     lines = ["| " + " | ".join(heads) + " |", "|---:" * len(heads) + "|"]
     ends = lambda xs: " / ".join(f"{xs[i]:.3g}" for i in (0, len(xs) // 2, -1))
     for r in records:
         w = r["weights"]
         cells = [f"{r['t']:g}", *(ends(w[k]) for k in ("stream", "stream_dot", "outlier", "logits", "gates"))]
-        cells += [f"{w[k]:.3g}" for k in ("F", "teacher", "F_dot_over_F", "x_part", "t_part", "cancellation")]
+        cells += [f"{w[k]:.3g}" for k in ("F", "teacher", "time_speed", "F_dot_over_F", "x_part", "t_part", "cancellation")]
         lines.append("| " + " | ".join([*cells, f"{r['float32_against_float64']:.1e}"]) + " |")
     return "\n".join(lines)
 

@@ -19,12 +19,12 @@ from rcm_mcore.condition import Condition
 from rcm_mcore.diffusion.trigflow import diffuse, over_sample, rf_time, trig_velocity
 from rcm_mcore.distill.losses import consistency_tangent
 from rcm_mcore.distill.roles import conditioned, guided
-from rcm_mcore.dual import Dual, primal
+from rcm_mcore.dual import Dual, primal, rowwise
 from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.wan.rounded import RoundedBlock, Roundings
 
 GUIDANCE = 5.0
-STEPS = (0.3, 0.1, 0.03, 0.01, 0.003)  # of finite differences
+STEPS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of finite differences
 
 
 @dataclass
@@ -145,7 +145,10 @@ def describe(net: DiffusionTransformer, problem: Problem, reference: Trace, logi
     x, t = problem.duals
     still = Dual(x.primal, torch.zeros_like(x.tangent)), Dual(t.primal, torch.zeros_like(t.tangent))
     parts = [run(net, problem, duals).out.tangent for duals in ((x, still[1]), (still[0], t))]
-    gates = [_gates(net, block, problem) for block in net.blocks.values()]
+    s = rf_time(problem.t)
+    e = rowwise(lambda s: net.embed_time(s)[1], Dual(s, torch.ones_like(s)))
+    modulations: list[Any] = [block.modulation for block in net.blocks.values()]
+    gates = [rms((e.primal + own.transpose(0, 1))[[2, 5]]) for own in modulations]
     channels = [h.primal.double().square().mean((0, 1)).sqrt() for h in reference.hidden]
     out = reference.out
     return {
@@ -154,6 +157,7 @@ def describe(net: DiffusionTransformer, problem: Problem, reference: Trace, logi
         "outlier": [float(c.max() / c.median()) for c in channels],
         "logits": logits,
         "gates": gates,
+        "time_speed": float(e.tangent.norm() / e.primal.norm()),
         "F": rms(out.primal),
         "teacher": rms(problem.teacher),
         "F_dot_over_F": float(out.tangent.norm() / out.primal.norm()),
@@ -161,7 +165,3 @@ def describe(net: DiffusionTransformer, problem: Problem, reference: Trace, logi
         "t_part": float(parts[1].norm() / out.tangent.norm()),
         "cancellation": float((parts[0].norm() + parts[1].norm()) / out.tangent.norm()),
     }
-
-
-def _gates(net: DiffusionTransformer, block: Any, problem: Problem) -> float:
-    return rms((net.embed_time(rf_time(problem.t))[1] + block.modulation.transpose(0, 1))[[2, 5]])

@@ -21,7 +21,8 @@ from rcm_mcore.models.common.attention import AttentionCache
 from rcm_mcore.models.common.blocks import Conditioning
 
 # `split`: the sum of two bfloat16 numbers, 16 bits of precision at the price of two matmuls; `wide`: left as it is.
-Format = Literal["bf16", "split", "wide"]
+Format = Literal["bf16", "fp16", "split", "wide"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Formats(NamedTuple):
@@ -31,7 +32,7 @@ class Formats(NamedTuple):
     tangent: Format
 
 
-BF16, WIDE = Formats("bf16", "bf16"), Formats("wide", "wide")
+BF16, FP16, WIDE = Formats("bf16", "bf16"), Formats("fp16", "fp16"), Formats("wide", "wide")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Roundings:
     modulation: Format = "wide"  # shift, scale and gate, and every operation with them
 
 
-ALL_WIDE = Roundings(*[WIDE] * 5)
+ALL_WIDE = Roundings(residual=WIDE, operands=WIDE, products=WIDE, attention=WIDE, attention_out=WIDE)
 
 
 class RoundedBlock(nn.Module):
@@ -66,7 +67,7 @@ class RoundedBlock(nn.Module):
         parameters = rowwise(lambda e0: (e0 + block.modulation.transpose(0, 1)).unbind(0), cond.modulation)
         shift1, scale1, gate1, shift2, scale2, gate2 = (rounded(p, Formats(r.modulation, r.modulation)) for p in parameters)
         # Written in bfloat16, every operation with these three rounds.
-        narrow = torch.bfloat16 if r.modulation == "bf16" else primal(shift1).dtype
+        narrow = DTYPES.get(r.modulation, block.modulation.dtype)
 
         def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             x, shift, scale = (t.to(narrow) for t in (F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale))
@@ -128,14 +129,12 @@ class RoundedBlock(nn.Module):
     def _attend(self, q: Dual, k: Any, v: Any) -> Dual:
         """q [S, B, N, D], k and v [S', B, N, D], the latter tensors or Duals -> [S, B, N D]."""
         r = self.roundings
-        # The kernels take 16 bits in and give 16 bits out; anything else goes through float32.
-        kernel = r.attention == r.attention_out == BF16
-        inputs = []
-        for x in (q, k, v):
-            parts = [part.transpose(0, 1) for part in _halves(rounded(x, r.attention))]
-            inputs.append([part.to(torch.bfloat16) if kernel else part for part in parts] + [None])
-        values, tangents = ([part[i] for part in inputs] for i in (0, 1))
-        out, out_dot, *_ = flash_attention_jvp(*values, *tangents)
+        # Kernels of 16 bits give 16 bits; what they cannot do goes through float32.
+        kernel = r.attention in (BF16, FP16) and r.attention_out == BF16
+        dtype = DTYPES[r.attention.primal] if kernel else primal(q).dtype
+        halves = [[part.transpose(0, 1).to(dtype) for part in _halves(rounded(x, r.attention))] for x in (q, k, v)]
+        tangents: Any = [parts[1] if len(parts) == 2 else None for parts in halves]
+        out, out_dot, *_ = flash_attention_jvp(halves[0][0], halves[1][0], halves[2][0], *tangents)
         merge = lambda t: t.transpose(0, 1).flatten(2).to(primal(q).dtype)
         return rounded(Dual(merge(out), merge(out_dot)), r.attention_out)
 
@@ -154,8 +153,8 @@ def _halves(x: MaybeDual) -> tuple[Tensor, ...]:
 def _round(x: Tensor, fmt: Format) -> Tensor:
     if fmt == "wide":
         return x
-    high = x.to(torch.bfloat16).to(x.dtype)
-    return high if fmt == "bf16" else high + (x - high).to(torch.bfloat16).to(x.dtype)
+    high = x.to(DTYPES.get(fmt, torch.bfloat16)).to(x.dtype)
+    return high + (x - high).to(torch.bfloat16).to(x.dtype) if fmt == "split" else high
 
 
 def _matmul(x: Tensor, weight: Tensor, fmt: Format) -> Tensor:
