@@ -4,12 +4,15 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launch import torchrun
 
 from rcm_mcore.config import ModelConfig
+from rcm_mcore.distill import steps
+from rcm_mcore.distill.losses import consistency_tangent
 from rcm_mcore.distill.tangent_error import compare, cosine, differences, emulated, error, make_problem, run
 from rcm_mcore.dual import Dual
 from rcm_mcore.models import build_model
@@ -113,6 +116,23 @@ def test_the_tangent_is_that_of_the_direction(build, monkeypatch):
     assert found["F_dot"] < 1e-5 and found["h"] == 1e-5 and found["F"] == 0.0
 
 
+def test_point_direction_and_g_are_those_of_a_consistency_step(build, monkeypatch):
+    net = build("float64")
+    problem = make_problem(net, 0.8, LATENT)
+    t, found = problem.t, []
+    cos, sin = t.cos().view(-1, 1, 1, 1, 1), t.sin().view(-1, 1, 1, 1, 1)
+    velocity = problem.teacher * (cos + sin) - (cos - sin) * problem.x_t
+    monkeypatch.setattr(steps, "consistency_tangent", lambda *a, **k: found.append(consistency_tangent(*a, **k)) or found[0])
+    roles = SimpleNamespace(
+        teacher=lambda *_: velocity, student=net, negative=problem.condition.text, sample_group=SimpleNamespace(size=lambda: 1)
+    )
+    draws = SimpleNamespace(t_g=t, eps_g=problem.x_t / sin)
+    batch = SimpleNamespace(latents=torch.zeros_like(problem.x_t), condition=problem.condition, draws=draws)
+    distill = SimpleNamespace(guidance=1.0, scale_tangent=True, tangent_norm_constant=0.1, scm_weight=1.0)
+    steps.consistency_step(batch, roles, SimpleNamespace(distill=distill), SimpleNamespace(warmup=1.0))
+    assert error(run(net, problem).g(problem), found[0]) < 1e-12
+
+
 def test_errors_are_relative_to_the_reference():
     x, y = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert error(x, y) == 1.25 and cosine(x, y) == 0.0 and cosine(2 * x, x) == pytest.approx(1.0)
@@ -136,6 +156,7 @@ def test_random_weights_have_the_traits_that_are_asked_for(build, tool):
         assert 0.6 * scaling.logits < found[setting]["logits"][0] < 1.5 * scaling.logits
     mild, harsh = found["mild"], found["harsh"]
     assert 2 < mild["stream"][-1] / mild["stream"][0] < 9 < harsh["stream"][-1] / harsh["stream"][0] < 100
+    assert mild["time_speed"] < 6 < harsh["time_speed"] < 15
     assert max(mild["outlier"]) < 6 < 15 < max(harsh["outlier"])
     assert all(0.5 < w["F"] < 3 and 0.1 < w["F_dot_over_F"] < 10 for w in found.values())
 
@@ -157,14 +178,14 @@ def test_an_emulation_of_something_else_is_an_error(build, mesh, tool, monkeypat
     nets = tool.Networks(model, mesh, lambda net: tool.random_weights(net, tool.SETTINGS["mild"]))
     monkeypatch.setattr(tool, "ALL_WIDE", Roundings())
     with pytest.raises(RuntimeError, match=r"rounded.py without rounding is not the network: relative error of F_dot \d"):
-        tool.measure(nets, 0.8, LATENT, tool.tqdm(disable=True))
+        tool.measure(nets, 0.8, LATENT, rows={}, progress=tool.tqdm(disable=True))
 
 
 TINY = ["--model", "tiny", *(f"{k}={v}" for k, v in FIELDS.items()), "--latent", *map(str, LATENT), "--repeats", "1"]
 
 
 def test_a_record(tmp_path):
-    torchrun(1, TOOL, *TINY, "--times", "0.8", "1.2", "--out", tmp_path)
+    torchrun(1, TOOL, *TINY, "num_layers=2", "--times", "0.8", "1.2", "--out", tmp_path)
     settings = json.loads((tmp_path / "tangent_tiny.json").read_text())["settings"]
     assert list(settings) == ["mild", "harsh"]
     for found in settings.values():

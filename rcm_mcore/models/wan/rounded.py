@@ -130,7 +130,7 @@ class RoundedBlock(nn.Module):
         """q [S, B, N, D], k and v [S', B, N, D], the latter tensors or Duals -> [S, B, N D]."""
         r = self.roundings
         # Kernels of 16 bits give 16 bits; what they cannot do goes through float32.
-        kernel = r.attention in (BF16, FP16) and r.attention_out == BF16
+        kernel = r.attention in (BF16, FP16) and r.attention_out in (BF16, r.attention)
         dtype = DTYPES[r.attention.primal] if kernel else primal(q).dtype
         halves = [[part.transpose(0, 1).to(dtype) for part in _halves(rounded(x, r.attention))] for x in (q, k, v)]
         tangents: Any = [parts[1] if len(parts) == 2 else None for parts in halves]
