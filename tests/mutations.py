@@ -2,9 +2,15 @@
 
 import mutations_data
 import mutations_networks
+import mutations_precision
 import mutations_runs
 from mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS = [*mutations_networks.MUTATIONS, *mutations_data.MUTATIONS, *mutations_runs.MUTATIONS]
+MUTATIONS = [
+    *mutations_networks.MUTATIONS,
+    *mutations_precision.MUTATIONS,
+    *mutations_data.MUTATIONS,
+    *mutations_runs.MUTATIONS,
+]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,24 @@ def test_every_rounding_alone_costs_something_and_less_than_all(build, roundings
             errors.append(compare(run(net, problem), reference, problem))
     alone, together = errors
     assert 1e-4 < alone["F_dot"] < together["F_dot"] and 1e-4 < alone["F"] < together["F"]
+
+
+def test_blocks_that_round_in_modulation_err_more(build):
+    """Every operation with shift, scale and gate rounds, not only these three."""
+    net = build("float32")
+    problem = make_problem(net, 0.8, LATENT)
+    reference = run(net, problem)
+    with emulated(net, replace(ALL_WIDE, modulation="bf16")):
+        found = compare(run(net, problem), reference, problem)
+    assert found["F"] > 2e-3
+
+
+def test_the_network_is_itself_again_after_an_emulation(build):
+    net = build("float32")
+    blocks = list(net.blocks.values())
+    with emulated(net, Roundings()):
+        assert not any(block in blocks for block in net.blocks.values())
+    assert list(net.blocks.values()) == blocks and list(net.blocks) == ["0", "1", "2"]
 
 
 def test_rounding_a_tangent_leaves_the_primal(build):
