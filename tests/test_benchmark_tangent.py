@@ -204,17 +204,20 @@ TINY = ["--model", "tiny", *(f"{k}={v}" for k, v in FIELDS.items()), "--latent",
 
 
 def test_a_record(tmp_path):
-    torchrun(1, TOOL, *TINY, "num_layers=2", "--times", "0.8", "1.2", "--out", tmp_path)
+    torchrun(1, TOOL, *TINY, "num_layers=2", "--times", "0.8", "--out", tmp_path)
     settings = json.loads((tmp_path / "tangent_tiny.json").read_text())["settings"]
     assert list(settings) == ["mild", "harsh"]
     for found in settings.values():
-        assert [r["t"] for r in found["records"]] == [0.8, 1.2]
+        assert [r["t"] for r in found["records"]] == [0.8]
         for record in found["records"]:
             rows = record["rows"]
             assert all(row["F_dot"] > 0 and row["g"] > 0 and row["cosine_g"] <= 1 + 1e-9 for row in rows.values())
             assert rows["emulated"]["F_dot"] < 0.03 < rows["finite differences"]["F_dot"]
             assert 0 < record["float32_against_float64"] < 1e-4
-        assert set(found["seconds"]) == {"shipped", "shipped, fp32_residual", "shipped, bf16_time"}
+        assert len(found["seconds"]) == 3 and all(seconds > 0 for seconds in found["seconds"].values())
+        rows = [record["rows"] for record in found["records"]]
+        for name in ("shipped, fp32 residual", "residual fp32"):
+            assert sum(row[name]["F"] for row in rows) < sum(row["shipped, bf16 residual"]["F"] for row in rows)
     text = (tmp_path / "tangent_tiny.md").read_text()
     assert text.count("\n| residual fp32 |") == 2 and text.count("\n## ") == 2
     assert (tmp_path / "tangent_tiny.png").stat().st_size > 1000
