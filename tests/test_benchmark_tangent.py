@@ -189,7 +189,10 @@ def test_parts_of_the_tangent_add_up(build, tool):
     x, t = problem.duals
     by_x = run(net, problem, (x, Dual(t.primal, 0 * t.tangent))).out.tangent
     by_t = run(net, problem, (Dual(x.primal, 0 * x.tangent), t)).out.tangent
-    assert error(by_x + by_t, reference.out.tangent) < 1e-12
+    whole = reference.out.tangent
+    assert error(by_x + by_t, whole) < 1e-12
+    assert w["x_part"] == pytest.approx(float(by_x.norm() / whole.norm())) and w["x_part"] != pytest.approx(1.0)
+    assert w["t_part"] == pytest.approx(float(by_t.norm() / whole.norm()))
 
 
 def test_an_emulation_of_something_else_is_an_error(build, mesh, tool, monkeypatch):
