@@ -1,13 +1,11 @@
 """Mistakes that were easy to make, each with the test that must notice (run by mutate.py)."""
 
-import mutations_data
-import mutations_fp8
-import mutations_memory
-import mutations_networks
-import mutations_runs
+from importlib import import_module
+from pathlib import Path
+
 from mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FILES = (mutations_networks, mutations_data, mutations_memory, mutations_fp8, mutations_runs)
-MUTATIONS = [mutation for file in _FILES for mutation in file.MUTATIONS]
+_FILES = sorted(path.stem for path in Path(__file__).parent.glob("mutations_*.py"))
+MUTATIONS: list[Mutation] = [mutation for name in _FILES for mutation in import_module(name).MUTATIONS]
