@@ -1,11 +1,12 @@
 """Dual numbers: a tensor and its directional derivative, and the three ways layers treat them.
 
-A layer has one forward that takes a tensor or a Dual. Linear layers see a Dual as a doubled batch (`stack`), row-wise
-functions go through `rowwise`, and attention has a kernel of its own (rcm_kernels). A tangent never carries a graph.
+A layer has one forward that takes a tensor or a Dual. Linear maps go through `linear`, row-wise functions through `rowwise`,
+and attention has a kernel of its own (rcm_kernels). A tangent never carries a graph.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
@@ -40,17 +41,21 @@ def unstack(x: Tensor, dim: int = 1) -> Dual:
 
 
 @overload
-def linear(fn: Callable[[Tensor], Tensor], x: Tensor, dim: int = 1) -> Tensor: ...
+def linear(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
 @overload
-def linear(fn: Callable[[Tensor], Tensor], x: Dual, dim: int = 1) -> Dual: ...
+def linear(fn: Callable[[Tensor], Tensor], x: Dual) -> Dual: ...
 @overload
-def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual, dim: int = 1) -> MaybeDual: ...
-def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual, dim: int = 1) -> MaybeDual:
-    """Apply a linear map without bias, one call for both halves of a Dual (doubled batch in dimension `dim`)."""
-    return unstack(fn(torch.cat(x, dim)), dim) if isinstance(x, Dual) else fn(x)
+def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual) -> MaybeDual: ...
+def linear(fn: Callable[[Tensor], Tensor], x: MaybeDual) -> MaybeDual:
+    """Apply a linear map without bias, to each half of a Dual by itself: putting them together would copy both (ADR 6)."""
+    if not isinstance(x, Dual):
+        return fn(x)
+    value = fn(x.primal)
+    with torch.no_grad():
+        return Dual(value, fn(x.tangent))
 
 
-def rowwise(fn: Callable[..., Any], *args: Any) -> Any:
+def rowwise(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Apply a pure function to tensors or Duals; with a Dual among `args` every output is a Dual.
 
     `fn` returns a tensor or a tuple of tensors; arguments that are no Dual have a zero tangent. The tangent is
@@ -58,15 +63,38 @@ def rowwise(fn: Callable[..., Any], *args: Any) -> Any:
     """
     where = [i for i, a in enumerate(args) if isinstance(a, Dual)]
     if not where:
-        return fn(*args)
+        return fn(*args, **options)
 
     def of_duals(*values: Tensor) -> Any:
         filled = list(args)
         for i, value in zip(where, values):
             filled[i] = value
-        return fn(*filled)
+        return fn(*filled, **options)
 
     out, out_dot = torch.func.jvp(of_duals, tuple(args[i].primal for i in where), tuple(args[i].tangent for i in where))  # type: ignore[misc]
     if isinstance(out, tuple):
         return tuple(Dual(o, o_dot.detach()) for o, o_dot in zip(out, out_dot))
     return Dual(out, out_dot.detach())
+
+
+Rowwise = Callable[..., Any]
+
+
+def fused(on: bool) -> Rowwise:
+    """`rowwise`, or if `on` the same with each function and its tangent compiled into few kernels (torch.compile).
+
+    A compiled function is made once a process for each combination of function, options, and shapes, strides and dtypes of the
+    arguments, which takes seconds. The function must be one of a module, not a closure, or it is compiled again for every one.
+    """
+    return compiled_rowwise() if on else rowwise
+
+
+@functools.cache
+def compiled_rowwise(backend: str | Callable[..., Any] = "inductor") -> Rowwise:
+    """See `fused`; `backend` as in torch.compile."""
+    import torch._dynamo
+
+    # All functions are variants of the one that is compiled here; the default limit is a handful.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 14
+    # With dynamic shapes a tangent at another storage offset than its primal fails inside of torch.func.jvp.
+    return torch.compile(rowwise, dynamic=False, fullgraph=True, backend=backend)

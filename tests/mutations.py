@@ -2,10 +2,12 @@
 
 import mutations_data
 import mutations_fp8
+import mutations_memory
 import mutations_networks
 import mutations_runs
 from mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS = [*mutations_networks.MUTATIONS, *mutations_data.MUTATIONS, *mutations_runs.MUTATIONS, *mutations_fp8.MUTATIONS]
+_FILES = (mutations_networks, mutations_data, mutations_memory, mutations_fp8, mutations_runs)
+MUTATIONS = [mutation for file in _FILES for mutation in file.MUTATIONS]

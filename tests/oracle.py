@@ -7,6 +7,7 @@ import contextlib
 import math
 from functools import partial
 from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcm_mcore.condition import Condition
 from rcm_mcore.config import ModelConfig
+from rcm_mcore.models.common.parameters import full_shape
 
 
 @contextlib.contextmanager
@@ -298,3 +300,13 @@ def inputs(model: ModelConfig, batch=2, grid=(3, 8, 12), seed=1, dtype=torch.flo
     if model.image_tokens:
         condition = condition._replace(image=draw(batch, model.image_tokens, model.image_dim))
     return x, x_dot, s, s_dot, condition
+
+
+def random_weights(net):
+    """By name, none of them zero; the same on every rank."""
+    weights = {}
+    for name, p in net.named_parameters():
+        generator = torch.Generator().manual_seed(crc32(name.encode()))
+        values = torch.randn(full_shape(p, net.tp_group), generator=generator, dtype=torch.float64)
+        weights[name] = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.08 * values
+    return weights

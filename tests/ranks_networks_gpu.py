@@ -3,16 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from zlib import crc32
 
-import torch
 import torch.distributed as dist
-from oracle import VARIANTS
+from oracle import VARIANTS, random_weights
 from ranks_networks import GRIDS, LAYERS, MODES, OF_OTHERS, relative, run, worst
 
 from rcm_mcore.config import MeshConfig, resolve_mesh
 from rcm_mcore.models import build_model
-from rcm_mcore.models.common.parameters import full_shape, load_full, local_shard
+from rcm_mcore.models.common.parameters import load_full, local_shard
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
 
 MESHES = {
@@ -55,16 +53,6 @@ def cases(world_size):
 def model(variant, dtype):
     """Heads of 64, which the GPU kernels take."""
     return VARIANTS[variant](num_layers=LAYERS, hidden_size=256, num_attention_heads=4, dtype=dtype)
-
-
-def random_weights(net):
-    """By name, none of them zero; the same on every rank."""
-    weights = {}
-    for name, p in net.named_parameters():
-        generator = torch.Generator().manual_seed(crc32(name.encode()))
-        values = torch.randn(full_shape(p, net.tp_group), generator=generator, dtype=torch.float64)
-        weights[name] = 1 + 0.1 * values if "norm" in name and name.endswith("weight") else 0.08 * values
-    return weights
 
 
 def compute(variant, config, dtype, todo):

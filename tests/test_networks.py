@@ -57,7 +57,7 @@ def test_tangent_equals_central_difference(pair):
     assert relative(got, (ahead - behind) / (2 * h)) <= 1e-6
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "one_pass"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective", "one_pass"])
 def test_gradients_equal_diffusers(pair, mode):
     model, net, theirs = pair
     x, x_dot, s, s_dot, condition = inputs(model)
@@ -66,7 +66,7 @@ def test_gradients_equal_diffusers(pair, mode):
     (run_diffusers(theirs, x, s, condition) * weight).sum().backward()
     want = names_of_ours(model, {name: p.grad for name, p in theirs.named_parameters()})
     net.zero_grad()
-    net.blocks.recompute = "full" if mode == "full" else "none"
+    net.blocks.recompute = mode if mode in ("full", "selective") else "none"
     out = net(Dual(x, x_dot), Dual(s, s_dot), condition).primal if mode == "one_pass" else net(x, s, condition)
     (out * weight).sum().backward()
     got = dict(net.named_parameters())

@@ -26,6 +26,7 @@ from rcm_mcore.interop import dcp
 from rcm_mcore.interop.dcp import Pieces, boxes_of_range, read_pieces, write_index, write_share
 from rcm_mcore.models import build_model
 from rcm_mcore.training import saver as module
+from rcm_mcore.training.locked_memory import forget_cuda_error
 from rcm_mcore.training.networks import make_trained
 from rcm_mcore.training.saver import Saver
 from rcm_mcore.training.setup import check_output, host_memory
@@ -329,9 +330,10 @@ def test_memory_is_that_which_the_job_may_have(tmp_path):
 def test_memory_that_cannot_be_locked_is_used_as_it_is(caplog):
     pieces = {"w": Pieces(torch.Size((1000,)), (((0,), torch.arange(1000.0, device="cuda")),))}
     room = module._HostRoom(pieces)
-    assert room._is_locked
-    assert int(torch.cuda.cudart().cudaHostRegister(room._room.data_ptr(), room._room.numel(), 0)) != 0  # a second time
-    module._forget_cuda_error()
+    memory = room._memory
+    assert memory.is_locked
+    assert int(torch.cuda.cudart().cudaHostRegister(memory.room.data_ptr(), memory.room.numel(), 0)) != 0  # a second time
+    forget_cuda_error()
     assert float(torch.ones(4, device="cuda").sum()) == 4
     assert torch.equal(room.copy(pieces)["w"].parts[0][1], torch.arange(1000.0))
     room.close()

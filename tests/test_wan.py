@@ -48,6 +48,20 @@ def test_one_pass_keeps_no_tangent_and_calls_attention_once(pair, monkeypatch):
     assert calls == [model.text_len] * model.num_layers  # only the cross-attentions
 
 
+@pytest.mark.parametrize(("recompute", "repeated"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_selective_recompute_does_not_repeat_the_self_attention(pair, monkeypatch, recompute, repeated):
+    from rcm_mcore.parallel import ring
+
+    model, net, _ = pair
+    calls = []
+    stock = ring.flash_attention
+    monkeypatch.setattr(ring, "flash_attention", lambda q, k, v, **o: calls.append(k.shape[1]) or stock(q, k, v, **o))
+    monkeypatch.setattr(net.blocks, "recompute", recompute)
+    x, _, s, _, condition = inputs(model)
+    net(x, s, condition).sum().backward()
+    assert len(calls) == (1 + repeated) * model.num_layers
+
+
 def test_one_pass_keeps_no_doubled_storage(pair):
     """What a dual pass saves for backward must not keep the tangent half of a stacked buffer alive."""
     from rcm_mcore.models.common import blocks

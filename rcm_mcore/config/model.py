@@ -68,7 +68,9 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # parameters and matmuls
     fp32_residual: bool = False  # keep the residual stream in float32
     bf16_time: bool = False  # Wan: round 1000 s to bfloat16, for students trained elsewhere that way
-    recompute: Literal["none", "full"] = "full"  # of blocks in backward; a dual pass always recomputes
+    # Of blocks, in backward: nothing, all but the self-attention, or all; of a dual pass always all but the self-attention.
+    recompute: Literal["none", "selective", "full"] = "selective"
+    compile: bool = True  # on GPUs, fuse what is computed between matmuls and attention with torch.compile
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     # The linears of blocks in float8 where a pass needs no gradient and no tangent: teacher, rollouts, evaluated fake score.
     fp8_forwards: bool = False

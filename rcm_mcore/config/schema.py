@@ -60,6 +60,9 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     max_skips: int = 10  # steps in a row; the run stops when one more would be skipped
     max_rollbacks: int = 3  # to one checkpoint; likewise
+    # Kept in host memory (training/offload.py): blocks of the teacher; float32 masters and second moments of the student or the
+    # fake score; the EMA
+    offload: tuple[Literal["teacher", "student", "fake_score", "ema"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
@@ -232,6 +235,21 @@ class Config:
         self._check_given_frames()
         if self.train.objective == "distill" and not self.distill.teacher:
             raise ValueError("distill.teacher is empty: train.objective=distill needs the folder of a teacher checkpoint")
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        there = {"student"}
+        if self.train.objective == "distill":
+            there |= {"teacher"} if self.distill.method == "scm" else {"teacher", "fake_score"}
+        if self.optim.ema_length is not None:
+            there.add("ema")
+        for name in self.train.offload:
+            if name not in there:
+                raise ValueError(
+                    f"train.offload={list(self.train.offload)}: this run has no {name} (train.objective="
+                    f"{self.train.objective}, distill.method={self.distill.method}, optim.ema_length={self.optim.ema_length}); "
+                    f"it has {', '.join(sorted(there))}"
+                )
 
     def _check_given_frames(self) -> None:
         frames, given = self.data.latent_shape[1], self.data.given_frames

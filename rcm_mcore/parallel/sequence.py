@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,29 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return x
     return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)
+
+
+def gathering(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to gather the rows of `x` [s / n, ...] of all ranks; call what is returned for them, [s, ...]. No graph."""
+    x = x.contiguous()
+    whole = x.new_empty(group.size() * len(x), *x.shape[1:])
+    return _finished(dist.all_gather_into_tensor(whole, x, group=group, async_op=True), whole, x)
+
+
+def scattering_sums(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to sum `x` [s, ...] over ranks; call what is returned for this rank's rows of the sum, [s / n, ...]. No graph."""
+    rows = x.new_empty(len(x) // group.size(), *x.shape[1:])
+    return _finished(dist.reduce_scatter_tensor(rows, x, group=group, async_op=True), rows, x)
+
+
+def _finished(work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
+    def finish() -> Tensor:
+        nonlocal sent
+        work.wait()
+        del sent  # it had to live until now
+        return result
+
+    return finish
 
 
 class _SumOverRanks(torch.autograd.Function):

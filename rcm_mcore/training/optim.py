@@ -7,7 +7,7 @@ for every trained network.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,16 +22,19 @@ from rcm_mcore.config import OptimConfig
 from rcm_mcore.interop.dcp import Pieces, boxes_of_range
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.gather import WeightGather
+from rcm_mcore.training.offload import Offloaded
 
 
 class AdamWNoMomentum(torch.optim.AdamW):
     """AdamW with beta1 = 0; equal to torch.optim.AdamW(betas=(0, beta2)), without its first moment.
 
-    State of a parameter: `exp_avg_sq`, float32, and `ema` if asked for. The step count is a field of the group.
+    State of a parameter: `exp_avg_sq`, float32, and `ema` if asked for. The step count is a field of the group. Parameters and
+    state that are `offloaded` come to the device for their update.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, beta2: float, eps: float, weight_decay: float) -> None:
         super().__init__(params, lr=lr, betas=(0.0, beta2), eps=eps, weight_decay=weight_decay)
+        self.offloaded = Offloaded()
         for group in self.param_groups:
             group["step"] = 0
 
@@ -45,7 +48,8 @@ class AdamWNoMomentum(torch.optim.AdamW):
                 continue
             group["step"] += 1
             for some in _at_a_time(params):
-                self._update(some, group)
+                with self.offloaded.here([*some, *(self.state[p]["exp_avg_sq"] for p in some)]):
+                    self._update(some, group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
@@ -61,14 +65,15 @@ class AdamWNoMomentum(torch.optim.AdamW):
 
 
 def _at_a_time(params: list[Tensor], elements: int = 1 << 26) -> Iterator[list[Tensor]]:
-    """`params` in order, in lists of at most so many elements, or of one: the update has an intermediate of their size."""
+    """`params` in order, in lists of at most so many elements, or of one: an update has an intermediate of their size."""
     some: list[Tensor] = []
     for param in params:
         if some and sum(p.numel() for p in some) + param.numel() > elements:
             yield some
             some = []
         some.append(param)
-    yield some
+    if some:
+        yield some
 
 
 class ShardedOptimizer(DistributedOptimizer):
@@ -76,14 +81,25 @@ class ShardedOptimizer(DistributedOptimizer):
 
     has_ema: bool
 
-    def initialize_state(self, *, has_ema: bool) -> None:
-        """Allocate the state: zero second moments and, with `has_ema`, an EMA equal to the weights."""
+    def initialize_state(self, *, has_ema: bool, offload: Collection[str] = ()) -> None:
+        """Allocate the state: zero second moments and, with `has_ema`, an EMA equal to the weights.
+
+        What `offload` names goes to host memory: "optimizer", the second moments and the masters (float32 weights are their own
+        and stay), "ema".
+        """
         self.has_ema = has_ema
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 self.optimizer.state[param] = {"exp_avg_sq": torch.zeros_like(param, dtype=torch.float32)}
                 if has_ema:
                     self.optimizer.state[param]["ema"] = param.detach().clone()
+        leaving: list[Tensor] = []
+        if "optimizer" in offload:
+            leaving += [main for mains in self.shard_fp32_from_float16_groups for main in mains]
+            leaving += [state["exp_avg_sq"] for state in self.optimizer.state.values()]
+        if "ema" in offload and has_ema:
+            leaving += [state["ema"] for state in self.optimizer.state.values()]
+        self.optimizer.offloaded = Offloaded(leaving)
 
     def update(self) -> None:
         """The update, of this rank's shard of the weights alone."""
@@ -93,8 +109,10 @@ class ShardedOptimizer(DistributedOptimizer):
     def update_ema(self, beta: float) -> None:
         """ema <- beta ema + (1 - beta) weights, from the float32 masters."""
         for group in self.optimizer.param_groups:
-            if group["params"]:
-                torch._foreach_lerp_([self.optimizer.state[p]["ema"] for p in group["params"]], group["params"], 1 - beta)
+            for mains in _at_a_time(group["params"]):
+                emas = [self.optimizer.state[main]["ema"] for main in mains]
+                with self.offloaded.here(mains, changed=False), self.offloaded.here(emas):
+                    torch._foreach_lerp_(emas, mains, 1 - beta)
 
     @torch.no_grad()
     def exchange_ema(self) -> None:
@@ -106,10 +124,26 @@ class ShardedOptimizer(DistributedOptimizer):
         for group in self.optimizer.param_groups:
             for main in group["params"]:
                 ema = self.optimizer.state[main]["ema"]
-                kept = main.detach().clone()
-                main.copy_(ema)
-                ema.copy_(kept)
+                with self.offloaded.here([main, ema]):
+                    kept = main.detach().clone()
+                    main.copy_(ema)
+                    ema.copy_(kept)
         self._copy_main_params_to_model_params()
+
+    @torch.no_grad()
+    def _copy_main_params_to_model_params(self) -> None:
+        """megatron's, for masters that may be offloaded: to this rank's shard of the weights."""
+        for mains, shards in zip(self.shard_fp32_from_float16_groups, self.shard_float16_groups):
+            shard_of = dict(zip(mains, shards))
+            for some in _at_a_time(mains):
+                with self.offloaded.here(some, changed=False):
+                    for main in some:
+                        shard_of[main].copy_(main)
+
+    @property
+    def offloaded(self) -> Offloaded:
+        """What of the state is in host memory."""
+        return self.optimizer.offloaded
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -119,7 +153,7 @@ class ShardedOptimizer(DistributedOptimizer):
     def pieces(self) -> dict[Tensor, dict[str, Pieces]]:
         """This rank's elements of every parameter of which it has some: `param` (float32), `exp_avg_sq`, and the EMA as `ema`.
 
-        Pieces of the parameter as this tensor-parallel rank holds it. They share memory with the state.
+        Pieces of the parameter as this tensor-parallel rank holds it. They share memory with the state, offloaded or not.
         """
         found = {}
         for param in self.model_param_group_index_map:
@@ -144,7 +178,8 @@ class ShardedOptimizer(DistributedOptimizer):
     def _main_and_state(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
-        return main, self.optimizer.state[main]
+        state = self.optimizer.state[main]
+        return self.offloaded.value(main), {kind: self.offloaded.value(x) for kind, x in state.items()}
 
 
 class NetworkOptimizer:
@@ -214,6 +249,10 @@ class NetworkOptimizer:
             self._exchange_ema()
         self.weights.start()
 
+    def offloaded_bytes(self) -> int:
+        """Of this rank's state, in host memory."""
+        return sum(part.offloaded.nbytes for part in self.parts.values())
+
     def _exchange_ema(self) -> None:
         for part in self.parts.values():
             part.exchange_ema()
@@ -225,9 +264,15 @@ class NetworkOptimizer:
 
 
 def make_optimizer(
-    config: OptimConfig, model: DistributedDataParallel, mesh: Mesh, *, lr: float, has_ema: bool
+    config: OptimConfig,
+    model: DistributedDataParallel,
+    mesh: Mesh,
+    *,
+    lr: float,
+    has_ema: bool,
+    offload: Collection[str] = (),
 ) -> NetworkOptimizer:
-    """The optimizer of one trained network (float32 or bfloat16 parameters)."""
+    """The optimizer of one trained network (float32 or bfloat16 parameters); `offload` as for `initialize_state`."""
     groups = mesh.groups
     megatron_config = OptimizerConfig(
         optimizer="adam",
@@ -261,7 +306,7 @@ def make_optimizer(
         )
         optimizer.grad_stats_parallel_group = groups.intra_dist_opt  # every rank of the run
         optimizer.tp_group = groups.tp
-        optimizer.initialize_state(has_ema=has_ema)
+        optimizer.initialize_state(has_ema=has_ema, offload=offload)
         return optimizer
 
     parts = {"layers": part(embedders=False), "embedders": part(embedders=True)}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,11 +14,11 @@ from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder
 from rcm_mcore.config import Config
 from rcm_mcore.interop.dcp import Pieces
 from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.training.locked_memory import HostMemory
 from rcm_mcore.training.networks import Trained
 from rcm_mcore.training.state import RunState, pieces_to_save, save_state
 
 log = logging.getLogger(__name__)
-_ALIGNMENT = 64
 
 
 @dataclass
@@ -155,65 +152,19 @@ class Saver:
 
 
 class _HostRoom:
-    """Host memory for one copy of this rank's pieces, page-locked where they come from a GPU."""
+    """Host memory for one copy of this rank's pieces."""
 
     def __init__(self, pieces: dict[str, Pieces]) -> None:
-        parts = [part for one in pieces.values() for _, part in one.parts]
-        self._room = torch.empty(sum(map(_padded, parts)), dtype=torch.uint8, device="cpu")
-        self._is_locked = False
-        if parts and parts[0].is_cuda:
-            # Of exactly this size, which torch's pinned allocator would round up to a power of two.
-            code = int(_cudart().cudaHostRegister(self._room.data_ptr(), self._room.numel(), 0))
-            self._is_locked = code == 0
-            if not self._is_locked:
-                _forget_cuda_error()
-                log.warning(
-                    "%.1f GiB of host memory could not be page-locked (CUDA error %d): saves stall longer",
-                    _gib(self._room),
-                    code,
-                )
+        self._memory = HostMemory(part for one in pieces.values() for _, part in one.parts)
 
     def copy(self, pieces: dict[str, Pieces]) -> dict[str, Pieces]:
         """The pieces' values now. Valid until the next copy."""
-        used = 0
-        on_gpu = False
-
-        def room(part: torch.Tensor) -> torch.Tensor:
-            nonlocal used, on_gpu
-            place = self._room[used : used + part.nbytes].view(part.dtype).view(part.shape)
-            place.copy_(part, non_blocking=True)
-            used, on_gpu = used + _padded(part), on_gpu or part.is_cuda
-            return place
-
-        copies = {key: one.map(room) for key, one in pieces.items()}
-        if on_gpu:
+        self._memory.forget_copies()
+        copies = {key: one.map(self._memory.take) for key, one in pieces.items()}
+        if any(part.is_cuda for one in pieces.values() for _, part in one.parts):
             torch.cuda.current_stream().synchronize()
         return copies
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._is_locked:
-            _cudart().cudaHostUnregister(self._room.data_ptr())
-            self._is_locked = False
-        self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def __del__(self) -> None:
-        self.close()  # memory that is given back locked can be neither locked again nor copied to in part
-
-
-def _forget_cuda_error() -> None:
-    """The runtime keeps the error of a call that failed, and torch would raise it at its next kernel."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
-
-
-def _padded(part: torch.Tensor) -> int:
-    return math.ceil(part.nbytes / _ALIGNMENT) * _ALIGNMENT
-
-
-def _gib(tensor: torch.Tensor) -> float:
-    return tensor.nbytes / 2**30
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()
+        self._memory.close()

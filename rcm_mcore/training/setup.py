@@ -29,13 +29,14 @@ from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, init_distributed, make_mesh
 from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
 from rcm_mcore.training.networks import Trained, build_network, make_trained
+from rcm_mcore.training.offload import StreamedBlocks
 from rcm_mcore.training.preflight import Preflight, preflight, require_same
 from rcm_mcore.training.sheets import check_sheets
 from rcm_mcore.training.state import RunState, read_state
 from rcm_mcore.training.step import with_draws
 
 # What may differ between a teacher's stored model section and ours: numerics and execution, not architecture.
-_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "transformer_impl", "fp8_forwards")
+_EXECUTION = ("size", "dtype", "fp32_residual", "bf16_time", "recompute", "compile", "transformer_impl", "fp8_forwards")
 
 
 @dataclass(kw_only=True)
@@ -309,6 +310,8 @@ def build_networks(
     student_steps, critic_steps = steps_by_kind(steps, distill)
     teacher = build_network(config.model, mesh, trainable=False)
     load_teacher(teacher)
+    if "teacher" in config.train.offload:
+        StreamedBlocks(list(teacher.blocks.values()))
     student_net = build_network(config.model, mesh, trainable=True)
     if not resuming:
         load_teacher(student_net)

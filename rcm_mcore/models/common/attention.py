@@ -70,7 +70,10 @@ class SplitAttention:
                 cache.out, cache.lse = out, lse
         else:
             known = None if cache is None or cache.out is None or cache.lse is None else (cache.out, cache.lse)
-            results = ring_attention(*parts, tokens=tokens, group=self.ring, known=known)[:1]
+            out, lse = ring_attention(*parts, tokens=tokens, group=self.ring, known=known)
+            results = (out,)
+            if cache is not None and known is None:
+                cache.out, cache.lse = out, lse
         if self.exchange is not None:
             results = heads_for_tokens(results, self.exchange)
         merged = [_merge_heads(x) for x in results]

@@ -32,15 +32,15 @@ class Block(Protocol):
 class _Recompute(torch.autograd.Function):
     """Run a block without a graph and keep only what its backward needs to run the primal again.
 
-    For a tensor that is the input ("full" recompute). For a Dual (the one-pass dual) it is the primal input and the
-    output and lse of the self-attention, which backward does not redo; the tangent is returned without a gradient.
+    That is the primal input and, with `keep_attention`, the output and lse of the self-attention, which backward then does not
+    redo. A tangent (the one-pass dual) is returned without a gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, block: Block, cond: Conditioning, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, block: Block, keep_attention: bool, cond: Conditioning, *tensors: Tensor) -> Any:
         x, x_dot, modulation, modulation_dot, context, image = tensors
         is_dual = x_dot is not None
-        ctx.cache = AttentionCache() if is_dual else None
+        ctx.cache = AttentionCache() if keep_attention else None
         ctx.block, ctx.places = block, (cond.cos, cond.sin, cond.tokens, cond.given)
         y = block(
             Dual(x, x_dot) if is_dual else x,
@@ -55,7 +55,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        needs = [ctx.needs_input_grad[i] for i in (2, 4, 6, 7)]
+        needs = [ctx.needs_input_grad[i] for i in (3, 5, 7, 8)]
         inputs: list[Any] = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs)
         ]
@@ -63,7 +63,8 @@ class _Recompute(torch.autograd.Function):
         with torch.enable_grad():
             y = ctx.block(x, Conditioning(modulation, context, image, *ctx.places), ctx.cache)
         torch.autograd.backward(y, grads[0])
-        return None, None, x.grad, None, modulation.grad, None, context.grad, None if image is None else image.grad
+        of_image = None if image is None else image.grad
+        return None, None, None, x.grad, None, modulation.grad, None, context.grad, of_image
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _owned(x: Tensor) -> Tensor:
 class BlockStack(nn.ModuleDict):
     """Blocks in order. Parameters are named by position in the whole network: `0.`, `1.`, ..."""
 
-    def __init__(self, blocks: dict[int, nn.Module], *, recompute: Literal["none", "full"]) -> None:
+    def __init__(self, blocks: dict[int, nn.Module], *, recompute: Literal["none", "selective", "full"]) -> None:
         super().__init__({str(i): block for i, block in blocks.items()})
         self.recompute = recompute
 
@@ -83,16 +84,18 @@ class BlockStack(nn.ModuleDict):
 
         With gradients on, a Dual always goes the one-pass way: its primal output has a graph, its tangent none.
         """
-        recompute = torch.is_grad_enabled() and (isinstance(x, Dual) or self.recompute == "full")
+        recompute = torch.is_grad_enabled() and (isinstance(x, Dual) or self.recompute != "none")
+        keep_attention = isinstance(x, Dual) or self.recompute == "selective"
         for block in (self[str(i)] for i in layers):
-            x = _run_recomputed(block, x, cond) if recompute else block(x, cond)
+            x = _run_recomputed(block, x, cond, keep_attention) if recompute else block(x, cond)
         return x
 
 
-def _run_recomputed(block: Any, x: MaybeDual, cond: Conditioning) -> MaybeDual:
+def _run_recomputed(block: Any, x: MaybeDual, cond: Conditioning, keep_attention: bool) -> MaybeDual:
     x_dot = modulation_dot = None
     if isinstance(x, Dual):
         assert isinstance(cond.modulation, Dual), "a dual pass needs a dual modulation"
         x_dot, modulation_dot = x.tangent, cond.modulation.tangent
-    y = _Recompute.apply(block, cond, primal(x), x_dot, primal(cond.modulation), modulation_dot, cond.context, cond.image)
+    modulation = primal(cond.modulation)
+    y = _Recompute.apply(block, keep_attention, cond, primal(x), x_dot, modulation, modulation_dot, cond.context, cond.image)
     return Dual(*y) if isinstance(x, Dual) else y

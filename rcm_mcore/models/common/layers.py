@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from rcm_mcore import dual
 from rcm_mcore.config import ModelConfig
-from rcm_mcore.dual import Dual, MaybeDual, primal, rowwise
+from rcm_mcore.dual import Dual, MaybeDual, Rowwise, fused
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.attention import AttentionCache, SplitAttention, attention
 from rcm_mcore.models.common.blocks import Conditioning
@@ -39,6 +38,11 @@ class LayerStyle:
     norm_over: Literal["all heads", "each head"]  # RMSNorm of queries and keys
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     activation: Callable[[Tensor, Tensor | None], Tensor]  # of the feed-forward, after adding a bias
+
+
+def fused_rowwise(model: ModelConfig) -> Rowwise:
+    """How the layers of a network apply row-wise functions: fused on GPUs, unless told otherwise."""
+    return fused(model.compile and torch.cuda.is_available())
 
 
 def replicated(*shape: int, config: TransformerConfig) -> nn.Parameter:
@@ -88,14 +92,16 @@ class _RMSWeight(nn.Module):
 
 
 class _Attention(nn.Module):
-    """What self- and cross-attention share: norms of queries and keys."""
+    """What self- and cross-attention share: from the outputs of linears to queries, keys and values of this rank's heads."""
 
     def __init__(self, style: LayerStyle, model: ModelConfig, *, config: TransformerConfig, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.style, self.head_dim, self.eps, self.group = style, model.head_dim, model.eps, group
-        self.over = model.hidden_size if style.norm_over == "all heads" else model.head_dim
+        self.rowwise, self.head_dim, self.group = fused_rowwise(model), model.head_dim, group
+        all_heads = style.norm_over == "all heads"
+        self.options = dict(head_dim=model.head_dim, over=model.hidden_size if all_heads else model.head_dim, eps=model.eps)
+        self.sums_over_ranks = all_heads and group.size() > 1
         # By these names megatron sums gradients over tensor-parallel ranks, each of which has seen its own heads.
-        names = ("norm_q", "norm_k") if style.norm_over == "all heads" else ("q_layernorm", "k_layernorm")
+        names = ("norm_q", "norm_k") if all_heads else ("q_layernorm", "k_layernorm")
         for name in names:
             self.add_module(name, _RMSWeight(style, model, config=config, group=group))
         self._norms = names
@@ -105,15 +111,13 @@ class _Attention(nn.Module):
         q, k = (self.get_submodule(name) for name in self._norms)
         return q.weight, k.weight  # type: ignore[return-value]
 
-    def normalize(self, x: Tensor, total: Tensor, weight: Tensor) -> Tensor:
-        """x [S, B, N, D], whose squares sum to `total` -> wide."""
-        return ew.rms_norm(x, total, weight, width=self.over, eps=self.eps)
-
-    def square_sums(self, *xs: MaybeDual) -> MaybeDual:
-        """Of each of xs [S, B, N, D]: over all heads of all ranks [n, S, B, 1], or of each head [n, S, B, N]."""
-        if self.style.norm_over == "each head":
-            return rowwise(ew.square_sums_of_heads, *xs)
-        return _sum_over_ranks(rowwise(ew.square_sums, *xs), self.group)
+    def heads(self, x: MaybeDual, bias: Tensor | None, weights: tuple[Tensor, ...], parts: int, **options: Any) -> Any:
+        """x [S, B, N parts D] -> `parts` of [S, B, N, D], normed with as many weights as there are; see elementwise.heads."""
+        sums = None
+        if self.sums_over_ranks:
+            sizes = dict(parts=parts, normed=len(weights), head_dim=self.head_dim)
+            sums = _sum_over_ranks(self.rowwise(ew.square_sums, x, bias, **sizes), self.group)
+        return self.rowwise(ew.heads, x, bias, sums, weights, parts=parts, **self.options, **options)
 
 
 class SelfAttention(_Attention):
@@ -124,24 +128,17 @@ class SelfAttention(_Attention):
     ) -> None:
         super().__init__(style, model, config=config, group=groups.tp)
         width, options = model.hidden_size, dict(config=config, group=groups.tp, bias=style.bias)
+        self.rotate = style.rotate
         self.attend = SplitAttention(*groups.hcp)
         # Rows per head as [N, 3, D]: any tensor-parallel size then splits the first dimension.
-        self.linear_qkv = column_linear(style.linears, width, 3 * width, **options)
+        self.linear_qkv: Any = column_linear(style.linears, width, 3 * width, **options)
         self.linear_proj = row_linear(style.linears, width, width, **options)
 
     def forward(self, u: MaybeDual, cond: Conditioning, cache: AttentionCache | None) -> MaybeDual:
         """u [s, B, M] -> [s, B, M], the bias of the projection left out."""
-        qkv = rowwise(ew.add, apply(self.linear_qkv, u), self.linear_qkv.bias)
-        q, k, v = rowwise(partial(_split_heads, parts=3, head_dim=self.head_dim), qkv)
-        q, k = rowwise(self._normalize_and_rotate, q, k, self.square_sums(q, k), cond.cos, cond.sin)
+        qkv, positions = apply(self.linear_qkv, u), (cond.cos, cond.sin)
+        q, k, v = self.heads(qkv, self.linear_qkv.bias, self.weights(), 3, positions=positions, rotate=self.rotate)
         return apply(self.linear_proj, self.attend(q, k, v, tokens=cond.tokens, cache=cache))
-
-    def _normalize_and_rotate(self, q: Tensor, k: Tensor, sums: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        rotated = [
-            self.style.rotate(self.normalize(x, total, weight), cos, sin).to(x.dtype)
-            for x, total, weight in zip((q, k), sums, self.weights())
-        ]
-        return rotated[0], rotated[1]
 
 
 class CrossAttention(_Attention):
@@ -156,7 +153,7 @@ class CrossAttention(_Attention):
         # The text is whole on every rank: with sequence parallelism on, this linear would gather copies of it.
         text_config = copy.copy(config)
         text_config.sequence_parallel = False
-        self.linear_q = column_linear(style.linears, width, width, config=config, **options)
+        self.linear_q: Any = column_linear(style.linears, width, width, config=config, **options)
         self.linear_kv: Any = column_linear(style.linears, context_width, 2 * width, config=text_config, **options)
         if model.image_tokens:
             self.linear_kv_img: Any = column_linear(style.linears, context_width, 2 * width, config=text_config, **options)
@@ -165,23 +162,18 @@ class CrossAttention(_Attention):
 
     def forward(self, u: MaybeDual, context: Tensor, image: Tensor | None = None) -> MaybeDual:
         """u [s, B, M], context [X, B, ...], image [n, B, ...] -> [s, B, M], the bias of the projection left out."""
-        q = rowwise(ew.add, apply(self.linear_q, u), self.linear_q.bias)
-        q = rowwise(lambda x: x.unflatten(-1, (-1, self.head_dim)), q)
         q_weight, k_weight = self.weights()
-        q = rowwise(partial(self._normalize, weight=q_weight), q, self.square_sums(q))
+        (q,) = self.heads(apply(self.linear_q, u), self.linear_q.bias, (q_weight,), 1)
         out = attention(q, *self._keys(context, self.linear_kv, k_weight))
         if image is not None:
-            out = rowwise(torch.add, out, attention(q, *self._keys(image, self.linear_kv_img, self.norm_k_img.weight)))
+            of_image = attention(q, *self._keys(image, self.linear_kv_img, self.norm_k_img.weight))
+            out = self.rowwise(ew.add, out, of_image)
         return apply(self.linear_proj, out)
 
     def _keys(self, context: Tensor, linear: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [X, B, N, D] of context [X, B, ...]."""
         # Never float8: few rows, whose rounding every token would see.
-        k, v = _split_heads(ew.add(linear(context)[0], linear.bias), parts=2, head_dim=self.head_dim)
-        return self._normalize(k, primal(self.square_sums(k)), weight=weight), v
-
-    def _normalize(self, x: Tensor, sums: Tensor, *, weight: Tensor) -> Tensor:
-        return self.normalize(x, sums[0], weight).to(x.dtype)
+        return self.heads(linear(context)[0], linear.bias, (weight,), 2)
 
 
 class FeedForward(nn.Module):
@@ -190,18 +182,13 @@ class FeedForward(nn.Module):
     def __init__(self, style: LayerStyle, model: ModelConfig, *, config: TransformerConfig, group: dist.ProcessGroup) -> None:
         super().__init__()
         options: dict[str, Any] = dict(config=config, group=group, bias=style.bias)
-        self.activation = style.activation
+        self.rowwise, self.activation = fused_rowwise(model), style.activation
         self.linear_fc1 = column_linear(style.linears, model.hidden_size, model.ffn_hidden_size, **options)
         self.linear_fc2 = row_linear(style.linears, model.ffn_hidden_size, model.hidden_size, **options)
 
     def forward(self, u: MaybeDual) -> MaybeDual:
         """u [s, B, M] -> [s, B, M], the last bias left out."""
-        return apply(self.linear_fc2, rowwise(self.activation, apply(self.linear_fc1, u), self.linear_fc1.bias))
-
-
-def _split_heads(x: Tensor, *, parts: int, head_dim: int) -> tuple[Tensor, ...]:
-    """[S, B, N parts D] -> `parts` views [S, B, N, D]."""
-    return x.unflatten(-1, (-1, parts, head_dim)).unbind(-2)
+        return apply(self.linear_fc2, self.rowwise(self.activation, apply(self.linear_fc1, u), self.linear_fc1.bias))
 
 
 @overload

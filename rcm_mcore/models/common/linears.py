@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, overload
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rcm_mcore import dual
-from rcm_mcore.dual import MaybeDual
+from rcm_mcore.dual import Dual, MaybeDual
 from rcm_mcore.models.common import fp8
+from rcm_mcore.parallel.sequence import gathering, scattering_sums
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,20 @@ def apply(layer: Any, x: Tensor) -> Tensor: ...
 @overload
 def apply(layer: Any, x: MaybeDual) -> MaybeDual: ...
 def apply(layer: Any, x: MaybeDual) -> MaybeDual:
-    """The layer without its bias, once for both halves of a Dual; float8 where the network's forward says so."""
+    """The layer without its bias; float8 where the network's forward says so."""
     if fp8.are_fp8():
         assert isinstance(x, Tensor), "float8 passes carry no tangent"
         return fp8.parallel_linear(layer, x)
+    is_ours = isinstance(layer, ColumnParallelLinear | RowParallelLinear)
+    if isinstance(x, Dual) and is_ours and layer.sequence_parallel and not torch.is_grad_enabled():
+        return _halves_in_turn(layer, x)
     return dual.linear(lambda z: layer(z)[0], x)
+
+
+def _halves_in_turn(layer: Any, x: Dual) -> Dual:
+    """A Dual under sequence parallelism: while one half is multiplied the other is on its way between the ranks."""
+    if isinstance(layer, ColumnParallelLinear):
+        coming = [gathering(half, layer.tp_group) for half in x]
+        return Dual(*[F.linear(half(), layer.weight) for half in coming])
+    leaving = [scattering_sums(F.linear(half, layer.weight), layer.tp_group) for half in x]
+    return Dual(*[half() for half in leaving])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -14,11 +13,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rcm_mcore.config import ModelConfig
-from rcm_mcore.dual import MaybeDual, rowwise
+from rcm_mcore.dual import MaybeDual, Rowwise, rowwise
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.attention import AttentionCache
 from rcm_mcore.models.common.blocks import Conditioning
-from rcm_mcore.models.common.layers import CrossAttention, FeedForward, LayerStyle, Linear, SelfAttention
+from rcm_mcore.models.common.layers import CrossAttention, FeedForward, LayerStyle, Linear, SelfAttention, fused_rowwise
 from rcm_mcore.models.common.linears import parallel_linears
 
 
@@ -43,14 +42,17 @@ class AdaLN(nn.Module):
         self.up = Linear(rank, parts * width, config=config, bias=False)
         self.parts = parts
 
-    def forward(self, time: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(self, time: MaybeDual, rowwise: Rowwise = rowwise) -> Any:
         """time [4, B, M], the normalized sinusoid and three parts that are shared -> `parts` of [B, M], wide.
 
-        With given frames: time [4, 2, B, M], of the others and of those that given [s, B, 1] marks -> `parts` of [s, B, M].
+        With given frames [4, 2, B, M] -> [2, B, M], of the other frames and of those that are given.
         """
-        own = self.up(self.down(F.silu(time[0]))).unflatten(-1, (self.parts, -1)).unbind(-2)
-        parts = tuple(x + shared for x, shared in zip(own, time[1:]))
-        return parts if given is None else tuple(torch.where(given, x[1], x[0]) for x in parts)
+        return rowwise(_low_rank, time, self.down.weight, self.up.weight, parts=self.parts)
+
+
+def _low_rank(time: Tensor, down: Tensor, up: Tensor, *, parts: int) -> tuple[Tensor, ...]:
+    own = F.linear(F.linear(F.silu(time[0]), down.to(time.dtype)), up.to(time.dtype))
+    return tuple(x + shared for x, shared in zip(own.chunk(parts, -1), time[1:]))
 
 
 class CosmosBlock(MegatronModule):
@@ -60,7 +62,7 @@ class CosmosBlock(MegatronModule):
         self, config: TransformerConfig, submodules: LayerStyle, *, model: ModelConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
-        self.eps, self.dtype = model.eps, config.params_dtype
+        self.rowwise, self.norm = fused_rowwise(model), dict(eps=model.eps, dtype=config.params_dtype)
         for name in ("self_attn", "cross_attn", "ffn"):
             self.add_module(f"adaln_{name}", AdaLN(model.hidden_size, model.adaln_rank, 3, config=config))
         self.self_attn = SelfAttention(submodules, model, config=config, groups=groups)
@@ -69,13 +71,14 @@ class CosmosBlock(MegatronModule):
 
     def forward(self, x: MaybeDual, cond: Conditioning, cache: AttentionCache | None = None) -> MaybeDual:
         """Hidden states x [s, B, M] to the like; see blocks.Block."""
-        norm = partial(ew.modulated_norm, eps=self.eps, dtype=self.dtype)
+        rowwise, given = self.rowwise, cond.given
         sublayers: dict[str, Callable[[MaybeDual], MaybeDual]] = {
             "self_attn": lambda u: self.self_attn(u, cond, cache),
             "cross_attn": lambda u: self.cross_attn(u, cond.context),
             "ffn": self.ffn,
         }
         for name, sublayer in sublayers.items():
-            shift, scale, gate = rowwise(self.get_submodule(f"adaln_{name}"), cond.modulation, cond.given)
-            x = rowwise(ew.gated_add, x, sublayer(rowwise(norm, x, shift, scale)), None, gate)
+            shift, scale, gate = self.get_submodule(f"adaln_{name}")(cond.modulation, rowwise)
+            u = rowwise(ew.modulated_norm, x, shift, scale, given, **self.norm)
+            x = rowwise(ew.gated_add, x, sublayer(u), None, gate, given)
         return x

@@ -100,5 +100,5 @@ class _Head(nn.Module):
 
     def forward(self, z: Tensor, time: Tensor, *, eps: float, given: Tensor | None) -> Tensor:
         """z [s, B, M], time as for an AdaLN -> [s, B, patch C]."""
-        shift, scale = self.adaln(time, given)
-        return self.head(ew.modulated_norm(z, shift, scale, eps=eps, dtype=time.dtype))
+        shift, scale = self.adaln(time)
+        return self.head(ew.modulated_norm(z, shift, scale, given, eps=eps, dtype=time.dtype))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from rcm_mcore.config import ModelConfig
-from rcm_mcore.dual import MaybeDual, rowwise
+from rcm_mcore.dual import MaybeDual
 from rcm_mcore.models.common import elementwise as ew
 from rcm_mcore.models.common.attention import AttentionCache
 from rcm_mcore.models.common.blocks import Conditioning
-from rcm_mcore.models.common.layers import AffineNorm, CrossAttention, FeedForward, LayerStyle, SelfAttention, replicated
+from rcm_mcore.models.common.layers import (
+    AffineNorm,
+    CrossAttention,
+    FeedForward,
+    LayerStyle,
+    SelfAttention,
+    fused_rowwise,
+    replicated,
+)
 from rcm_mcore.models.common.linears import parallel_linears
 
 
@@ -38,7 +43,7 @@ class WanBlock(MegatronModule):
         self, config: TransformerConfig, submodules: LayerStyle, *, model: ModelConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
-        self.eps, self.dtype = model.eps, config.params_dtype
+        self.rowwise, self.norm = fused_rowwise(model), dict(eps=model.eps, dtype=config.params_dtype)
         self.modulation = replicated(1, 6, model.hidden_size, config=config)
         self.self_attn = SelfAttention(submodules, model, config=config, groups=groups)
         self.norm3 = AffineNorm(model.hidden_size, config=config)
@@ -47,18 +52,15 @@ class WanBlock(MegatronModule):
 
     def forward(self, x: MaybeDual, cond: Conditioning, cache: AttentionCache | None = None) -> MaybeDual:
         """Hidden states x [s, B, M] to the like; see blocks.Block."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = rowwise(self._modulate, cond.modulation)
-        norm = partial(ew.modulated_norm, eps=self.eps, dtype=self.dtype)
+        rowwise, norm = self.rowwise, self.norm
+        shift1, scale1, gate1, shift2, scale2, gate2 = rowwise(ew.modulation, cond.modulation, self.modulation)
 
-        out = self.self_attn(rowwise(norm, x, shift1, scale1), cond, cache)
+        out = self.self_attn(rowwise(ew.modulated_norm, x, shift1, scale1, **norm), cond, cache)
         x = rowwise(ew.gated_add, x, out, self.self_attn.linear_proj.bias, gate1)
 
-        affine = partial(ew.affine_norm, eps=self.eps, dtype=self.dtype)
-        out = self.cross_attn(rowwise(affine, x, self.norm3.weight, self.norm3.bias), cond.context, cond.image)
+        u = rowwise(ew.affine_norm, x, self.norm3.weight, self.norm3.bias, **norm)
+        out = self.cross_attn(u, cond.context, cond.image)
         x = rowwise(ew.biased_add, x, out, self.cross_attn.linear_proj.bias)
 
-        out = self.ffn(rowwise(norm, x, shift2, scale2))
+        out = self.ffn(rowwise(ew.modulated_norm, x, shift2, scale2, **norm))
         return rowwise(ew.gated_add, x, out, self.ffn.linear_fc2.bias, gate2)
-
-    def _modulate(self, e0: Tensor) -> tuple[Tensor, ...]:
-        return (e0 + self.modulation.transpose(0, 1)).unbind(0)
