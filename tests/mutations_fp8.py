@@ -1,4 +1,4 @@
-"""Mistakes that were easy to make (mutations.py). Of float8 forwards."""
+"""Mistakes that were easy to make (mutations.py). Of float8 forwards and of weights that are gathered late."""
 
 from mutation import mutations
 
@@ -39,6 +39,20 @@ FP8 = mutations(
     "rcm_mcore/sampling/request.py",
     "tests/test_fp8.py",
     (' | {"fp8_forwards": False}', "", "test_samples_are_made_without[None]"),
+)  # fmt: skip
+
+GATHER = mutations(
+    "rcm_mcore/training/gather.py",
+    "tests/test_gather.py",
+    ("            ddp.module.register_forward_pre_hook(lambda *_: self.wait())", "            pass",
+     "test_the_training_is_the_same[dp2]"),
+    ("        if not self._overlap:\n", "", "test_an_update_gathers_once_and_other_networks_need_not_wait[dp2]"),
+    (" + self._ddp.expert_parallel_bucket_groups", "", "test_an_update_gathers_once_and_other_networks_need_not_wait[dp2]"),
+) + mutations(
+    "rcm_mcore/training/optim.py",
+    "tests/test_gather.py",
+    ('the weights too are there then."""\n        self.weights.wait()\n', 'the weights too are there then."""\n',
+     "test_the_training_is_the_same[dp2]"),
 )  # fmt: skip
 
 # Every table of this file.

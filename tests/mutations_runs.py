@@ -15,7 +15,7 @@ SHEETS = (
         ("                main.copy_(ema)\n", "", "test_samples_are_those_of_the_sampler"),
         ("        self._copy_main_params_to_model_params()\n", "", "test_samples_are_those_of_the_sampler"),
         (
-            "            self._exchange_ema()\n        self._share_weights()\n",
+            "            self._exchange_ema()\n        self.weights.start()\n",
             "            self._exchange_ema()\n",
             "test_so_is_one_of_data_parallel_ranks",
         ),

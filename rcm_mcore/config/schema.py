@@ -135,6 +135,7 @@ class OptimConfig:
     clip_grad: float = 0.0  # 0: no clipping; the norm is logged either way
     ema_length: float | None = 0.05  # relative length s of the power-function EMA of the trained network; none: no EMA
     overlap_grad_reduce: bool = False  # reduce gradients while backward runs
+    overlap_param_gather: bool = False  # gather updated weights while other networks run, until their network does
 
     def __post_init__(self) -> None:
         for name in ("lr", "fake_score_lr", "eps"):

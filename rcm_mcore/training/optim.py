@@ -21,6 +21,7 @@ from torch import Tensor
 from rcm_mcore.config import OptimConfig
 from rcm_mcore.interop.dcp import Pieces, boxes_of_range
 from rcm_mcore.parallel.mesh import Mesh
+from rcm_mcore.training.gather import WeightGather
 from rcm_mcore.training.offload import Offloaded
 
 
@@ -99,6 +100,10 @@ class ShardedOptimizer(DistributedOptimizer):
         if "ema" in offload and has_ema:
             leaving += [state["ema"] for state in self.optimizer.state.values()]
         self.optimizer.offloaded = Offloaded(leaving)
+
+    def update(self) -> None:
+        """The update, of this rank's shard of the weights alone."""
+        super(DistributedOptimizer, self).step_with_ready_grads()  # DistributedOptimizer's would send all parts' each time
 
     @torch.no_grad()
     def update_ema(self, beta: float) -> None:
@@ -183,8 +188,8 @@ class NetworkOptimizer:
     Each shards over the ranks that sum its gradients, so every element has one owner and replicas cannot drift.
     """
 
-    def __init__(self, parts: dict[str, ShardedOptimizer], *, clip_grad: float) -> None:
-        self.parts, self.clip_grad = parts, clip_grad
+    def __init__(self, parts: dict[str, ShardedOptimizer], weights: WeightGather, *, clip_grad: float) -> None:
+        self.parts, self.weights, self.clip_grad = parts, weights, clip_grad
 
     @property
     def has_ema(self) -> bool:
@@ -212,9 +217,10 @@ class NetworkOptimizer:
         return norm
 
     def step(self) -> None:
-        """Collective: the update; the new weights are on every rank."""
+        """Collective: the update; the new weights are on every rank, or with optim.overlap_param_gather on their way."""
         for part in self.parts.values():
-            part.step_with_ready_grads()
+            part.update()
+        self.weights.start()
 
     def update_ema(self, beta: float) -> None:
         """ema <- beta ema + (1 - beta) weights."""
@@ -222,7 +228,8 @@ class NetworkOptimizer:
             part.update_ema(beta)
 
     def pieces(self) -> dict[Tensor, dict[str, Pieces]]:
-        """This rank's part of the state, by parameter (see ShardedOptimizer.pieces)."""
+        """This rank's part of the state, by parameter (see ShardedOptimizer.pieces); the weights too are there then."""
+        self.weights.wait()
         return {param: kinds for part in self.parts.values() for param, kinds in part.pieces().items()}
 
     @contextmanager
@@ -232,13 +239,15 @@ class NetworkOptimizer:
         At the end weights, masters and EMA are what they were, bit for bit. An error that leaves puts back what this rank
         owns and does not wait for the others, who may be elsewhere.
         """
+        self.weights.wait()
         self._exchange_ema()
-        self._share_weights()
+        self.weights.start()
+        self.weights.wait()
         try:
             yield
         finally:
             self._exchange_ema()
-        self._share_weights()
+        self.weights.start()
 
     def offloaded_bytes(self) -> int:
         """Of this rank's state, in host memory."""
@@ -247,11 +256,6 @@ class NetworkOptimizer:
     def _exchange_ema(self) -> None:
         for part in self.parts.values():
             part.exchange_ema()
-
-    def _share_weights(self) -> None:
-        """Every rank's shard of the weights to the others."""
-        model = next(iter(self.parts.values())).model_chunks[0]  # of every part the same
-        model.start_param_sync()
 
     def set_steps(self, steps: int) -> None:
         """How many updates there have been."""
@@ -305,4 +309,6 @@ def make_optimizer(
         optimizer.initialize_state(has_ema=has_ema, offload=offload)
         return optimizer
 
-    return NetworkOptimizer({"layers": part(embedders=False), "embedders": part(embedders=True)}, clip_grad=config.clip_grad)
+    parts = {"layers": part(embedders=False), "embedders": part(embedders=True)}
+    weights = WeightGather(model, overlap=config.overlap_param_gather)
+    return NetworkOptimizer(parts, weights, clip_grad=config.clip_grad)
