@@ -212,10 +212,14 @@ STEPS = mutations(
 OPTIM = mutations(
     "rcm_mcore/training/optim.py",
     "tests/test_optim.py",
-    ('math.sqrt(1 - beta2 ** group["step"])', "math.sqrt(1 - beta2)", "test_equals_adamw_with_beta1_zero"),
-    ('1 - lr * group["weight_decay"]', '1 - group["weight_decay"]', "test_equals_adamw_with_beta1_zero"),
-    ("grads, grads, 1 - beta2", "grads, grads, 1", "test_equals_adamw_with_beta1_zero"),
-    ('torch._foreach_add_(denominators, group["eps"])', "pass", "test_equals_adamw_with_beta1_zero"),
+    ('torch.full((), float(group["step"])', "torch.full((), 1.0", "test_equals_adamw_with_beta1_zero"),
+    (
+        'weight_decay=group["weight_decay"],\n            eps',
+        "weight_decay=0.0,\n            eps",
+        "test_equals_adamw_with_beta1_zero",
+    ),
+    ("beta1=0.0,", "beta1=0.5,", "test_equals_adamw_with_beta1_zero"),
+    ('eps=group["eps"],', "eps=0.1,", "test_equals_adamw_with_beta1_zero"),
     ("if not params:\n                continue", "pass", "test_groups_count_their_own_steps"),
 )
 

@@ -54,18 +54,26 @@ class AdamWNoMomentum(torch.optim.AdamW):
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
         moments = [self.state[p]["exp_avg_sq"] for p in params]
-        beta2, lr = group["betas"][1], group["lr"]
-        torch._foreach_mul_(moments, beta2)
-        torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(moments)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(params, grads, denominators, -lr)
+        steps = [torch.full((), float(group["step"]), device=params[0].device)] * len(params)
+        torch._fused_adamw_(
+            params,
+            grads,
+            grads,  # for first moments: 0 times what they hold, plus the gradient
+            moments,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=0.0,
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def _at_a_time(params: list[Tensor], elements: int = 1 << 26) -> Iterator[list[Tensor]]:
-    """`params` in order, in lists of at most so many elements, or of one: an update has an intermediate of their size."""
+    """`params` in order, in lists of at most so many elements, or of one: so much that is offloaded is here at once."""
     some: list[Tensor] = []
     for param in params:
         if some and sum(p.numel() for p in some) + param.numel() > elements:
