@@ -1,8 +1,8 @@
 """List meshes that a run can use: `python tools/suggest_mesh.py CONFIG --gpus N --gpu-memory GIB [section.field=value ...]`.
 
 Every valid tensor-, context- and pipeline-parallel size with its estimated memory per GPU and what a GPU sends, those that fit
-first, then by what is sent. Weights, gradients, optimizer and EMA are exact but for padding; activations are an estimate
-(rcm_mcore/training/estimate.py). Needs no GPU and reads no data.
+first, then by what is sent; each with the cheapest model.recompute that fits. Weights, gradients, optimizer and EMA are exact
+but for padding; activations are an estimate (rcm_mcore/training/estimate.py). Needs no GPU and reads no data.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from rcm_mcore.config import Config, MeshConfig, load_config, tokens_per_sample, validate_mesh
-from rcm_mcore.training.estimate import GIB, Estimate, estimate
+from rcm_mcore.training.estimate import GIB, RECOMPUTE, Estimate, estimate
 
 GB = 1e9
 
@@ -33,15 +34,26 @@ def meshes(config: Config, gpus: int) -> Iterator[tuple[MeshConfig, int]]:
             yield mesh, dp
 
 
-def table(rows: list[tuple[MeshConfig, int, Estimate]], gpu_memory: float) -> str:
+def cheapest(config: Config, mesh: MeshConfig, gpus: int, limit: float) -> tuple[str, Estimate]:
+    """The cheapest model.recompute with which a mesh needs at most `limit` bytes, or the one that needs least."""
+    found = {}
+    for recompute in RECOMPUTE:
+        of_it: Any = recompute
+        found[recompute] = estimate(replace(config, mesh=mesh, model=replace(config.model, recompute=of_it)), gpus)
+        if found[recompute].total <= limit:
+            return recompute, found[recompute]
+    return min(found.items(), key=lambda item: item[1].total)
+
+
+def table(rows: list[tuple[MeshConfig, int, str, Estimate]], gpu_memory: float) -> str:
     """The meshes as a Markdown table."""
-    lines = ["| tp | cp | pp | dp | weights | gradients | optimizer | activations | GiB | fits | sent tp | cp | pp | dp |"]
-    lines += ["|" + "---:|" * 14]
-    for mesh, dp, e in rows:
+    titles = ["tp", "cp", "pp", "dp", "recompute", "weights", "gradients", "optimizer", "activations", "GiB", "fits", "host"]
+    lines = ["| " + " | ".join([*titles, "sent tp", "cp", "pp", "dp"]) + " |", "|" + "---:|" * 16]
+    for mesh, dp, recompute, e in rows:
         memory = [e.weights, e.gradients, e.optimizer, e.activations, e.total]
         sent = [e.sent_tp, e.sent_cp, e.sent_pp, e.sent_dp]
-        cells = [str(n) for n in (mesh.tp, mesh.cp, mesh.pp, dp)] + [f"{x / GIB:.1f}" for x in memory]
-        cells += ["yes" if e.total <= gpu_memory * GIB else "no"] + [f"{x / GB:.2f}" for x in sent]
+        cells = [*map(str, (mesh.tp, mesh.cp, mesh.pp, dp)), recompute] + [f"{x / GIB:.1f}" for x in memory]
+        cells += ["yes" if e.total <= gpu_memory * GIB else "no", f"{e.host / GIB:.1f}"] + [f"{x / GB:.2f}" for x in sent]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -57,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.gpus < 1 or not args.gpu_memory > 0:
             raise ValueError(f"--gpus {args.gpus} --gpu-memory {args.gpu_memory}: both must be positive")
         config = load_config(args.config, args.overrides)
-        found = [(m, dp, estimate(replace(config, mesh=m), args.gpus)) for m, dp in meshes(config, args.gpus)]
+        limit = args.gpu_memory * GIB
+        found = [(m, dp, *cheapest(config, m, args.gpus, limit)) for m, dp in meshes(config, args.gpus)]
         if not found:
             raise ValueError(
                 f"no mesh of {args.gpus} GPUs suits train.global_batch_size={config.train.global_batch_size}, "
@@ -67,15 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    limit = args.gpu_memory * GIB
-    found.sort(key=lambda row: (row[2].total > limit, row[2].sent_tp + row[2].sent_cp + row[2].sent_pp, row[2].total))
-    fitting = sum(e.total <= limit for _, _, e in found)
+    found.sort(key=lambda row: (row[3].total > limit, row[3].sent_tp + row[3].sent_cp + row[3].sent_pp, row[3].total))
+    fitting = sum(e.total <= limit for *_, e in found)
     print(table(found, args.gpu_memory))
     print(
-        f"\n{fitting} of {len(found)} meshes fit {args.gpu_memory:g} GiB a GPU. Memory in GiB, messages in GB, of one GPU: tp,"
-    )
-    print(
-        "cp (a ring) and pp in a forward of a microbatch with tangents, dp in an optimizer step. Activations are an estimate."
+        f"""
+{fitting} of {len(found)} meshes fit {args.gpu_memory:g} GiB a GPU. Memory in GiB, messages in GB, of one GPU: tp, cp (a ring)
+and pp in a forward of a microbatch with tangents, dp in an optimizer step. host: memory of the machine, for train.offload.
+Activations are an estimate, of blocks that are not compiled."""
     )
     return 0
 

@@ -1,27 +1,31 @@
-"""What a run needs on a GPU and sends per step under a mesh, by arithmetic; states are exact but for the padding of shards.
+"""What a run needs on a GPU and in host memory, and sends per step, under a mesh, by arithmetic.
 
-Memory of one rank, the fullest pipeline stage:
+Memory of one rank, the fullest pipeline stage; states are exact but for the padding of shards:
 
     weights        of every network of the run, in the model's dtype
     gradients      float32, of one network at a time (the others' buffers are freed)
     optimizer      second moments and, for bfloat16, float32 masters of the trained networks, sharded; and the student's EMA
-    activations    what recompute keeps of the layers of the microbatches in flight, and one block at work
+    activations    what the microbatches in flight keep for their backward, and what the pass at work needs besides: the most of
+                   a teacher's pass over both branches, a pass with tangents, and a backward through one block
 
-One block at work is taken as WORKING bytes a token and channel, and more where keys travel round a ring, both fitted to steps
-of Wan 14B (docs/benchmarks/step_h200_202611.md: uncompiled, recompute full), where it is up to 9 % off. Without recompute the
-estimate of activations is too low.
+What train.offload names is counted as `host` instead. Nothing here is fitted to a measurement. What a block needs at work is
+counted: the most that a pass on the CPU, in bfloat16 and uncompiled, allocates for a token and channel, linear in the width of
+the feed-forward (tests/test_estimate.py counts again). Messages, rings and gathers are read off the code. Compiled row-wise
+functions need less. Eleven measured peaks (docs/benchmarks/step_h200_202611.md, examples_h200_202611.md) are within 10 % of
+it, nearly all above; exchanges of heads (mesh.cp_mode all_to_all, two_level) have no buffers here and were not measured.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, microbatches_of_a_chunk, tokens_per_sample
 from rcm_mcore.interop import expected_shapes
 
 GIB = 2**30
-WORKING = 150
+RECOMPUTE = ("none", "selective", "full")  # model.recompute, the cheapest first
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 # Parameters that tensor parallelism does not split, within a block, and those of embedders (hub names).
 _WHOLE = ("modulation", "norm3.weight", "norm3.bias", "ffn.2.bias")
@@ -39,6 +43,7 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    host: int  # page-locked host memory of train.offload
     sent_tp: int  # in a forward of a microbatch with tangents
     sent_cp: int
     sent_pp: int
@@ -61,31 +66,30 @@ def estimate(config: Config, world_size: int) -> Estimate:
     width = _WIDTHS[model.dtype]
     layers, embedders = _parameters(config)
     distill = train.objective == "distill"
-    trained = 2 if distill and config.distill.method != "scm" else 1
-    has_ema = config.optim.ema_length is not None
+    trained = ["student", "fake_score"] if distill and config.distill.method != "scm" else ["student"]
     # An optimizer's shard: of the layers over data- and context-parallel ranks, of the embedders over stages too.
     shard = math.ceil(layers / (dp * mesh.cp)) + math.ceil(embedders / (dp * mesh.cp * mesh.pp))
-    per_element = 4 + (4 if model.dtype == "bfloat16" else 0)
+    moments, masters = 4 * shard, 4 * shard if model.dtype == "bfloat16" else 0
+    state = dict.fromkeys(trained, moments + masters) | {"ema": 4 * shard if config.optim.ema_length is not None else 0}
+    away = sum(state[name] for name in state if name in train.offload)
 
     rows, residual = _rows(config), _residual_width(config)
     stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
     stage_layers = max(sum(map(len, chunks)) for chunks in stages)
-    microbatches = train.global_batch_size // (dp * train.micro_batch_size)
-    chunks_in_flight = _chunks_in_flight(mesh, microbatches)
-    in_flight = chunks_in_flight * max(len(chunk) for chunks in stages for chunk in chunks)
-    # Of a ring: two buffers of keys and values with their tangents, parts of the output in float32, parts of the gradients.
-    ring = 0 if mesh.cp == 1 else 16 + 12 * mesh.cp
-    at_work = (WORKING + ring) * rows * model.hidden_size
+    streamed = 0
+    if "teacher" in train.offload:  # all blocks but the two that are on the GPU
+        streamed = width * layers * max(0, stage_layers - 2) // stage_layers
 
     dual = 2 * rows * model.hidden_size
     split = rows * (mesh.tp if mesh.sp else 1) * model.hidden_size // mesh.tp  # keys of this rank's heads
     return Estimate(
         layers=layers,
         embedders=embedders,
-        weights=width * (layers + embedders) * (trained + distill),
+        weights=width * (layers + embedders) * (len(trained) + distill) - streamed,
         gradients=4 * (layers + embedders),
-        optimizer=shard * (per_element * trained + (4 if has_ema else 0)),
-        activations=in_flight * kept_of_a_layer(config) + chunks_in_flight * _kept_of_a_chunk(config) + at_work,
+        optimizer=sum(state.values()) - away,
+        activations=_activations(config, train.global_batch_size // (dp * train.micro_batch_size)),
+        host=away + (width * layers if "teacher" in train.offload else 0),
         # Three gathers and three scatters a layer, of this rank's rows to or from each other rank (an all-reduce is both).
         sent_tp=stage_layers * 6 * (mesh.tp - 1) * dual * width // (1 if mesh.sp else mesh.tp),
         sent_cp=stage_layers * (mesh.cp - 1) * 4 * split * width,
@@ -94,17 +98,91 @@ def estimate(config: Config, world_size: int) -> Estimate:
     )
 
 
-def kept_of_a_layer(config: Config) -> int:
-    """Bytes that a layer keeps for its backward, on each rank, of one microbatch: under recompute its input.
-
-    In a pass with tangents also the output and the log-sum-exp of the self-attention, which backward does not redo.
-    """
+def _activations(config: Config, microbatches: int) -> int:
+    """Bytes of the most that is alive beside the states, of a step of so many microbatches."""
     model, mesh = config.model, config.mesh
-    rows, attended = _rows(config), 0
-    if config.train.objective == "distill" and config.distill.method != "dmd":
-        split = rows * (mesh.tp if mesh.sp else 1)  # of all tokens that the heads of this rank see
-        attended = split * (model.hidden_size * _WIDTHS[model.dtype] + 4 * model.num_attention_heads) // mesh.tp
-    return rows * model.hidden_size * _residual_width(config) + attended
+    distill = config.train.objective == "distill"
+    stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
+    chunks, layers = _chunks_in_flight(mesh, microbatches), max(len(chunk) for chunks in stages for chunk in chunks)
+    unit = _rows(config) * model.hidden_size
+    work = _Work.of(config)
+    teacher = 2 * work.forward if distill and config.distill.guidance != 1.0 else work.forward if distill else 0
+    # A plain pass with a graph: over stages others come before it, else the teacher comes while it waits for its backward.
+    kept = chunks * layers * kept_of_a_layer(config, dual=False)
+    backward = work.backward if model.recompute != "none" else work.backward - work.graph
+    most = kept + unit * max(backward, teacher if mesh.pp == 1 else 0)
+    cached = _attended(config)
+    if distill and config.distill.method != "dmd":
+        kept = chunks * layers * kept_of_a_layer(config, dual=True)
+        most = max(most, kept + unit * max(work.backward, work.dual))
+    elif model.recompute != "selective":
+        cached = 0
+    if microbatches > 1:  # the microbatch before keeps its attentions until the next one's forward has ended
+        most += layers * cached
+    return round(most) + chunks * _kept_of_a_chunk(config) + _of_other_ranks(config, microbatches)
+
+
+def _of_other_ranks(config: Config, microbatches: int) -> int:
+    """Bytes of buffers for what other ranks hold, or that are on their way to them."""
+    model, mesh = config.model, config.mesh
+    unit, width = _rows(config) * model.hidden_size, _WIDTHS[model.dtype]
+    distill = config.train.objective == "distill"
+    total = 0
+    if mesh.sp:  # megatron's buffer for gathered rows of both branches or tangents, kept for good; and a gathered gradient
+        total += unit * width * (mesh.tp * (2 if distill else 1) + mesh.tp - 1)
+    if mesh.cp > 1 and mesh.cp_mode in ("auto", "ring"):
+        # Two buffers that others read, of keys and values with their tangents, two of gradients of keys and values; the parts
+        # of these from every rank, and float32 gradients of queries.
+        total += unit * (width * (2 * 4 + 2 * 2 + 2 * mesh.cp) + 4)
+    if mesh.pp > 1:
+        # The gradient of the message that was sent, and messages of the teacher's pass that may still be on their way.
+        total += unit * _residual_width(config) * (2 + (2 * microbatches if distill else 0))
+    return total
+
+
+class _Work(NamedTuple):
+    """Bytes for a token of this rank and a channel: what a pass needs besides what is kept of the layers before.
+
+    Counted in bfloat16; wider dtypes take as much more, an upper bound.
+    """
+
+    forward: float  # without gradients
+    dual: float
+    graph: float  # that autograd keeps of a block
+    backward: float  # of a block, recomputed first: its graph and what its backward adds
+
+    @classmethod
+    def of(cls, config: Config) -> _Work:
+        model, mesh = config.model, config.mesh
+        # With sequence parallelism a rank has a share of the tokens and works on all of them with a share of the channels.
+        ratio = model.ffn_hidden_size / model.hidden_size / (1 if mesh.sp else mesh.tp)
+        if model.family == "wan":
+            work = cls(max(36, 10 + 10 * ratio), max(84, 20 + 24 * ratio), 66 + 6 * ratio, 72 + 12 * ratio)
+        else:
+            work = cls(8 + 10 * ratio, 16 + 24 * ratio, 76 + 6 * ratio, 88 + 10 * ratio)
+        if model.condition == "frames":  # shift, scale and gate of every token
+            work = cls(*(a + b for a, b in zip(work, (12, 24, 20, 28))))
+        return cls(*(x * _WIDTHS[model.dtype] / 2 for x in work))
+
+
+def kept_of_a_layer(config: Config, *, dual: bool) -> int:
+    """Bytes that a layer keeps for its backward, on each rank, of one microbatch, in a pass with tangents or a plain one.
+
+    Under recompute its input. With tangents, or `selective`, also the output and the log-sum-exp of the self-attention, which
+    backward does not redo.
+    """
+    recompute: str = config.model.recompute
+    if recompute == "none" and not dual:
+        return round(_rows(config) * config.model.hidden_size * _Work.of(config).graph)
+    kept = _rows(config) * config.model.hidden_size * _residual_width(config)
+    return kept + (_attended(config) if dual or recompute == "selective" else 0)
+
+
+def _attended(config: Config) -> int:
+    """Bytes of the output and the log-sum-exp of a self-attention."""
+    model, mesh = config.model, config.mesh
+    split = _rows(config) * (mesh.tp if mesh.sp else 1)  # of all tokens that the heads of this rank see
+    return split * (model.hidden_size * _WIDTHS[model.dtype] + 4 * model.num_attention_heads) // mesh.tp
 
 
 def _rows(config: Config) -> int:
@@ -132,12 +210,13 @@ def _chunks_in_flight(mesh: MeshConfig, microbatches: int) -> int:
 
 
 def _kept_of_a_chunk(config: Config) -> int:
-    """Bytes that a chunk of layers keeps besides its layers: its message, and the time embedder's weights in float32."""
-    model = config.model
-    message = 2 * _rows(config) * model.hidden_size * _residual_width(config) if config.mesh.pp > 1 else 0
+    """Bytes that a chunk of layers keeps besides its layers: its messages, and the time embedder's weights in float32."""
+    model, mesh = config.model, config.mesh
+    # What came in and, with chunks, what was sent, which is else freed; of a pass with tangents.
+    messages = 0 if mesh.pp == 1 else 1 if mesh.vpp == 1 else 2
     width = model.hidden_size
     weights = width * (7 * width + model.freq_dim) if model.family == "wan" else 4 * width * width
-    return message + (4 * weights if model.dtype == "bfloat16" else 0)
+    return messages * 2 * _rows(config) * width * _residual_width(config) + (4 * weights if model.dtype == "bfloat16" else 0)
 
 
 def _parameters(config: Config) -> tuple[int, int]:

@@ -185,12 +185,16 @@ def check_output(config: Config, needed: int, world_size: int) -> int:
             f"checkpoint.dir={root} has {free / 2**30:.1f} GiB free; one checkpoint needs about {needed / 2**30:.1f} GiB and a "
             "new one is complete before an old one goes"
         )
-    copies = needed * min(ranks_per_node(), world_size) / world_size
-    available = host_memory()
-    if config.checkpoint.asynchronous and copies > available:
+    ranks = min(ranks_per_node(), world_size)
+    copies = needed * ranks / world_size if config.checkpoint.asynchronous else 0
+    available, offloaded = host_memory(), estimate(config, world_size).host * ranks
+    if copies + offloaded > available:
+        what = f"checkpoint.asynchronous=true copies {copies / 2**30:.1f} GiB of state to this machine's memory"
+        if offloaded:
+            what = f"train.offload={list(config.train.offload)} keeps {offloaded / 2**30:.1f} GiB, and {what}"
         raise ValueError(
-            f"checkpoint.asynchronous=true copies {copies / 2**30:.1f} GiB of state to this machine's memory, of which "
-            f"{available / 2**30:.1f} GiB are available: set checkpoint.asynchronous=false, or use more machines"
+            f"{what}, of which {available / 2**30:.1f} GiB are available: set checkpoint.asynchronous=false, offload less, "
+            "or use more machines"
         )
     return free
 
