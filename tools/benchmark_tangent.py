@@ -82,6 +82,8 @@ EMULATED: dict[str, Roundings] = {
     "residual fp32, attention fp32": Roundings(residual=WIDE, attention=WIDE, attention_out=WIDE),
     "residual fp32, attention and linears fp16": Roundings(WIDE, FP16, FP16, FP16, FP16),
 }
+# Of the emulated rows, those in the chart.
+DRAWN = ("modulation bf16", "every tangent fp32", "every primal fp32", "residual fp32, attention fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,14 +265,15 @@ def chart(settings: dict[str, Any], path: Path) -> None:
     all_axes = figure.subplots(len(settings), 2, squeeze=False)
     for axes_row, (setting, found) in zip(all_axes, settings.items()):
         for axes, key, what in zip(axes_row, ("layers", "layers_dot"), ("hidden states", "their tangents")):
-            for name in found["records"][0]["rows"]:
-                layers = [r["rows"][name][key] for r in found["records"]]
-                if layers[0]:
+            for name in (*SHIPPED, *DRAWN):
+                layers = [r["rows"][name][key] for r in found["records"] if name in r["rows"]]
+                if layers:
                     style = "-" if name in SHIPPED else "--"
-                    axes.plot([statistics.mean(values) for values in zip(*layers)], style, label=name, linewidth=1)
+                    axes.plot([statistics.mean(values) for values in zip(*layers)], style, label=name, linewidth=1.2)
             axes.set(title=f"{setting}: {what}", xlabel="block", ylabel="relative error", yscale="log")
+            axes.set_ylim(bottom=max(1e-4, axes.get_ylim()[0]))
             axes.grid(alpha=0.3)
-        axes_row[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes_row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 
