@@ -118,8 +118,8 @@ class RoundedBlock(nn.Module):
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of x [S, B, N, D] over all heads."""
-        x = x.flatten(-2)
-        return F.rms_norm(x, x.shape[-1:], weight, self.block.eps).unflatten(-1, (-1, self.head_dim))
+        scale = torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.block.eps)
+        return x * scale * weight.unflatten(0, (-1, self.head_dim))
 
     def _linear(self, layer: Any, x: Any, operands: Formats) -> Any:
         """`layer` without its bias, of a tensor or a Dual that was rounded to `operands`."""
