@@ -92,10 +92,10 @@ def test_single_passes(config, tmp_path):
     ],
 )
 def test_bad_input(config, arguments, message, request):
-    tool = request.getfixturevalue("tool")
+    tool, capsys = request.getfixturevalue("tool"), request.getfixturevalue("capsys")
     request.getfixturevalue("monkeypatch").setenv("WORLD_SIZE", "2")
     assert tool.main([str(config), "train.global_batch_size=1", *arguments]) == 2
-    assert f"error: {message}" in request.getfixturevalue("capsys").readouterr().err
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_a_mesh_that_computes_something_else_is_an_error(tool):

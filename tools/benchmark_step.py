@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -37,13 +36,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rcm_mcore.config import Config, MeshConfig, load_config, resolve_mesh, tokens_per_sample, validate_mesh
+from rcm_mcore.config import Config, load_config, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed, make_mesh
 from rcm_mcore.training.benchmark import (
     KINDS,
     cycle,
     gathered,
     matmul_tflops,
+    parse_mesh,
     schedule,
     summary,
     time_passes,
@@ -57,22 +57,6 @@ from rcm_mcore.training.timeline import PHASES
 
 TOLERANCE = 0.05  # of the loss and the gradient norm between meshes, in bfloat16
 _PACKAGES = ("torch", "triton", "megatron-core", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
-
-
-def parse_mesh(name: str) -> MeshConfig:
-    """`tp2-sp-cp2-pp2-vpp2` and the like; ValueError for what is not one."""
-    sizes: dict[str, Any] = {}
-    for part in name.split("-"):
-        found = re.fullmatch(r"(tp|cp|pp|vpp)(\d+)|(sp)|(ring|all_to_all|two_level)", part)
-        if not found:
-            raise ValueError(f"--meshes {name}: {part} is none of tpN, sp, cpN, ppN, vppN, ring, all_to_all, two_level")
-        if found[1]:
-            sizes[found[1]] = int(found[2])
-        elif found[3]:
-            sizes["sp"] = True
-        else:
-            sizes["cp_mode"] = found[4]
-    return MeshConfig(**sizes)
 
 
 def measure(config: Config, name: str, args: argparse.Namespace) -> dict[str, Any]:

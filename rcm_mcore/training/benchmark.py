@@ -5,6 +5,7 @@ A step here is a dictionary of what it took; `warm` steps came after one of thei
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rcm_mcore.config import Config, tokens_per_sample
+from rcm_mcore.config import Config, MeshConfig, tokens_per_sample
 from rcm_mcore.data import Batch, DataLoader, Sample, write_shards
 from rcm_mcore.distill.draws import draw
 from rcm_mcore.distill.phases import Phase
@@ -32,6 +33,22 @@ from rcm_mcore.training.throughput import flops_of_step, model_flops
 from rcm_mcore.training.timeline import Timeline
 
 KINDS = {"rcm": ("scm", "student", "critic"), "scm": ("scm",), "dmd": ("student", "critic")}  # by distill.method
+
+
+def parse_mesh(name: str) -> MeshConfig:
+    """`tp2-sp-cp2-pp2-vpp2` and the like; ValueError for what is not one."""
+    sizes: dict[str, Any] = {}
+    for part in name.split("-"):
+        found = re.fullmatch(r"(tp|cp|pp|vpp)(\d+)|(sp)|(ring|all_to_all|two_level)", part)
+        if not found:
+            raise ValueError(f"--meshes {name}: {part} is none of tpN, sp, cpN, ppN, vppN, ring, all_to_all, two_level")
+        if found[1]:
+            sizes[found[1]] = int(found[2])
+        elif found[3]:
+            sizes["sp"] = True
+        else:
+            sizes["cp_mode"] = found[4]
+    return MeshConfig(**sizes)
 
 
 def write_samples(config: Config, folder: str) -> Config:
