@@ -125,6 +125,19 @@ def test_what_is_offloaded_is_the_hosts():
     )
 
 
+@pytest.mark.parametrize(
+    "overrides, gib",
+    [
+        (["mesh.tp=8", "mesh.cp=1"], 64),
+        (["mesh.tp=4", "mesh.cp=2", "train.offload=[ema]"], 71),
+        (["train.offload=[teacher,student,fake_score,ema]"], 64),
+    ],
+)
+def test_14b_fits_gpus_of_80_gb_as_its_readme_says(overrides, gib):
+    found = estimate(load_config(ROOT / "examples/wan_14b/config.yaml", overrides), 8)
+    assert round(found.total / GIB) == gib
+
+
 def test_what_the_host_has_no_room_for_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "host_memory", lambda: 1000)
     tree = tiny.config("shards", tmp_path, train={"offload": ["ema"]}, checkpoint={"asynchronous": False})

@@ -107,10 +107,10 @@ def _activations(config: Config, microbatches: int) -> int:
     unit = _rows(config) * model.hidden_size
     work = _Work.of(config)
     teacher = 2 * work.forward if distill and config.distill.guidance != 1.0 else work.forward if distill else 0
-    # A plain pass with a graph: over stages others come before it, else the teacher comes while it waits for its backward.
+    # A plain pass with a graph. The teacher comes while it waits for its backward; over stages, before it.
     kept = chunks * layers * kept_of_a_layer(config, dual=False)
     backward = work.backward if model.recompute != "none" else work.backward - work.graph
-    most = kept + unit * max(backward, teacher if mesh.pp == 1 else 0)
+    most = max(kept + unit * backward, (kept if mesh.pp == 1 else 0) + unit * teacher)
     cached = _attended(config)
     if distill and config.distill.method != "dmd":
         kept = chunks * layers * kept_of_a_layer(config, dual=True)
@@ -246,5 +246,5 @@ def refuse_what_cannot_fit(config: Config, world_size: int, gpu_bytes: int) -> N
             f"mesh.tp={config.mesh.tp}, mesh.cp={config.mesh.cp}, mesh.pp={config.mesh.pp} on {world_size} ranks needs "
             f"{needed.states / GIB:.1f} GiB a GPU before activations (weights {needed.weights / GIB:.1f}, gradients "
             f"{needed.gradients / GIB:.1f}, optimizer and EMA {needed.optimizer / GIB:.1f}); this GPU has "
-            f"{gpu_bytes / GIB:.1f}: raise mesh.tp or mesh.pp, or see tools/suggest_mesh.py"
+            f"{gpu_bytes / GIB:.1f}: raise mesh.tp or mesh.pp, set train.offload, or see tools/suggest_mesh.py"
         )

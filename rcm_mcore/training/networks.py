@@ -57,11 +57,10 @@ def make_trained(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=config.optim.overlap_grad_reduce
     )
     ddp = DistributedDataParallel(net.config, ddp_config, net, pg_collection=mesh.groups)
+    ddp.offload_grad_buffers()  # until its first step; the room is needed for the optimizer's state
     offload = {"optimizer" if part == name else part for part in config.train.offload if part in (name, "ema")}
     optimizer = make_optimizer(config.optim, ddp, mesh, lr=peak_lr, has_ema=has_ema, offload=offload)
-    trained = Trained(name, net, ddp, optimizer, peak_lr, total_steps, Stopwatch(mesh.device))
-    trained.sleep()
-    return trained
+    return Trained(name, net, ddp, optimizer, peak_lr, total_steps, Stopwatch(mesh.device))
 
 
 def finalize_on(trained: Trained, finalize: bool, *, before: Callable[[], None] | None = None) -> None:
