@@ -111,14 +111,9 @@ def _activations(config: Config, microbatches: int) -> int:
     kept = chunks * layers * kept_of_a_layer(config, dual=False)
     backward = work.backward if model.recompute != "none" else work.backward - work.graph
     most = max(kept + unit * backward, (kept if mesh.pp == 1 else 0) + unit * teacher)
-    cached = _attended(config)
     if distill and config.distill.method != "dmd":
         kept = chunks * layers * kept_of_a_layer(config, dual=True)
         most = max(most, kept + unit * max(work.backward, work.dual))
-    elif model.recompute != "selective":
-        cached = 0
-    if microbatches > 1:  # the microbatch before keeps its attentions until the next one's forward has ended
-        most += layers * cached
     return round(most) + chunks * _kept_of_a_chunk(config) + _of_other_ranks(config, microbatches)
 
 
@@ -157,11 +152,11 @@ class _Work(NamedTuple):
         # With sequence parallelism a rank has a share of the tokens and works on all of them with a share of the channels.
         ratio = model.ffn_hidden_size / model.hidden_size / (1 if mesh.sp else mesh.tp)
         if model.family == "wan":
-            work = cls(max(36, 10 + 10 * ratio), max(84, 20 + 24 * ratio), 66 + 6 * ratio, 72 + 12 * ratio)
+            work = cls(max(42, 12 + 10 * ratio), max(84, 24 + 20 * ratio), 58 + 6 * ratio, 74 + 12 * ratio)
         else:
-            work = cls(8 + 10 * ratio, 16 + 24 * ratio, 76 + 6 * ratio, 88 + 10 * ratio)
+            work = cls(8 + 10 * ratio, 16 + 20 * ratio, 62 + 6 * ratio, 66 + 12 * ratio)
         if model.condition == "frames":  # shift, scale and gate of every token
-            work = cls(*(a + b for a, b in zip(work, (12, 24, 20, 28))))
+            work = cls(*(a + b for a, b in zip(work, (0, 0, 20, 16))))
         return cls(*(x * _WIDTHS[model.dtype] / 2 for x in work))
 
 

@@ -62,6 +62,7 @@ class _Recompute(torch.autograd.Function):
         x, modulation, context, image = inputs
         with torch.enable_grad():
             y = ctx.block(x, Conditioning(modulation, context, image, *ctx.places), ctx.cache)
+        ctx.cache = None  # the graph lives as long as its loss, which may be until after the next forward
         torch.autograd.backward(y, grads[0])
         of_image = None if image is None else image.grad
         return None, None, None, x.grad, None, modulation.grad, None, context.grad, of_image
