@@ -16,7 +16,7 @@ MUTATIONS = (
         "rcm_mcore/training/passes.py",
         "tests/test_benchmark_step.py",
         ("if name not in ungated and not error", "if name not in ungated and error", "test_the_check_passes_in_every_dtype"),
-        (".max()))", ".mean()))", "test_the_check_fails"),
+        (".max()))", ".min()))", "test_the_check_fails"),
         ("dtype=_EXACT[config.model.dtype]", "dtype=config.model.dtype", "test_the_check_fails"),
     )
     + mutations(
