@@ -59,7 +59,7 @@ class RoundedBlock(nn.Module):
     def __init__(self, block: Any, *, head_dim: int, roundings: Roundings) -> None:
         super().__init__()
         self.block, self.head_dim, self.roundings = block, head_dim, roundings
-        self.logit_rms = float("nan")
+        self.eps, self.logit_rms = block.norm["eps"], float("nan")
 
     def forward(self, x: Dual, cond: Conditioning, cache: AttentionCache | None = None) -> Dual:
         """Hidden states [S, B, M] to the like, in the dtype of the weights; see blocks.Block."""
@@ -70,14 +70,14 @@ class RoundedBlock(nn.Module):
         narrow = DTYPES.get(r.modulation, block.modulation.dtype)
 
         def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            x, shift, scale = (t.to(narrow) for t in (F.layer_norm(x, x.shape[-1:], eps=block.eps), shift, scale))
+            x, shift, scale = (t.to(narrow) for t in (F.layer_norm(x, x.shape[-1:], eps=self.eps), shift, scale))
             return (x * (1 + scale) + shift).to(block.modulation.dtype)
 
         def add(x: Tensor, out: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
             return (x.to(narrow) + gate.to(narrow) * (out + bias).to(narrow)).to(x.dtype)
 
         def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.layer_norm(x, x.shape[-1:], weight, bias, block.eps)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
         x = rounded(x, r.residual)
         out = self._self_attention(rounded(rowwise(norm, x, shift1, scale1), r.operands), cond)
@@ -118,7 +118,7 @@ class RoundedBlock(nn.Module):
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of x [S, B, N, D] over all heads."""
-        scale = torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.block.eps)
+        scale = torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps)
         return x * scale * weight.unflatten(0, (-1, self.head_dim))
 
     def _linear(self, layer: Any, x: Any, operands: Formats) -> Any:
