@@ -165,7 +165,7 @@ def mcore_to_hub(weights: Weights, model: ModelConfig) -> dict[str, Weight]:
 
 def plain_numerics(model: ModelConfig) -> ModelConfig:
     """The network without how it was run: what a file of weights can tell."""
-    return replace(model, dtype="bfloat16", fp32_residual=False, bf16_time=False, recompute="full", transformer_impl="local")
+    return replace(model, dtype="bfloat16", fp32_residual=True, bf16_time=False, recompute="full", transformer_impl="local")
 
 
 def _kind(names: Collection[str]) -> tuple[str, str]:
