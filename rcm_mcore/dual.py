@@ -96,5 +96,15 @@ def compiled_rowwise(backend: str | Callable[..., Any] = "inductor") -> Rowwise:
 
     # All functions are variants of the one that is compiled here; the default limit is a handful.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 14
-    # With dynamic shapes a tangent at another storage offset than its primal fails inside of torch.func.jvp.
-    return torch.compile(rowwise, dynamic=False, fullgraph=True, backend=backend)
+    compiled = torch.compile(rowwise, dynamic=False, fullgraph=True, backend=backend)
+    return lambda fn, *args, **options: compiled(fn, *map(_laid_out_alike, args), **options)
+
+
+def _laid_out_alike(x: Any) -> Any:
+    """A Dual whose halves have the same strides and storage offset: where they differ a compiled torch.func.jvp fails."""
+    if not isinstance(x, Dual):
+        return x
+    value, tangent = x
+    if value.stride() == tangent.stride() and value.storage_offset() == tangent.storage_offset():
+        return x
+    return Dual(*(half.clone(memory_format=torch.contiguous_format) for half in x))

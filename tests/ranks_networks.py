@@ -10,7 +10,7 @@ from oracle import VARIANTS, inputs, small_model
 
 from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, resolve_mesh
-from rcm_mcore.dual import Dual, primal
+from rcm_mcore.dual import Dual, compiled_rowwise, primal
 from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full, local_shard
 from rcm_mcore.parallel.mesh import destroy_mesh, make_mesh
@@ -41,6 +41,7 @@ MESHES = {
 GRIDS = {"72": (3, 8, 12), "45": (3, 6, 10)}  # tokens: every mesh divides them, none does
 LAYERS = 4  # one for each chunk of two stages
 MODES = ("none", "full", "one_pass")
+FUSED = {2: ("tp2-sp", "cp2-ring", "pp2")}  # one pass, with row-wise functions traced by torch.compile
 # Where the other variants differ from Wan: split heads, split tokens, embedders and heads on stages.
 OF_OTHERS = ("tp2", "tp2-sp", "cp2-ring", "pp2", "tp2-sp-cp2-ring")
 
@@ -52,7 +53,11 @@ def cases(world_size):
     found += [("cosmos", name, "45", mode) for name in names for mode in ("none", "one_pass")]
     # Those told of more than a text.
     more = [(variant, name) for variant in ("wan-first_last", "cosmos-frames") for name in names if name != "tp2"]
-    return found + [(variant, name, "45", "one_pass") for variant, name in more]
+    found += [(variant, name, "45", "one_pass") for variant, name in more]
+    # Last, since a network stays as it is then.
+    return found + [
+        (variant, name, "45", "fused") for variant in ("wan", "cosmos-frames") for name in FUSED.get(world_size, ())
+    ]
 
 
 def run(net, mesh, mode, grid, device="cpu"):
@@ -62,16 +67,21 @@ def run(net, mesh, mode, grid, device="cpu"):
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
     net.zero_grad()
     net.blocks.recompute = "full" if mode == "full" else "none"
+    if mode == "fused":
+        for module in net.modules():
+            if hasattr(module, "rowwise"):
+                module.rowwise = compiled_rowwise("aot_eager")
     dual_inputs = Dual(x, x_dot), Dual(s, s_dot)
     with torch.no_grad():
         tangent = as_function(net, mesh)(*dual_inputs, condition).tangent
-    arguments = (*dual_inputs, condition) if mode == "one_pass" else (x, s, condition)
+    has_tangent = mode in ("one_pass", "fused")
+    arguments = (*dual_inputs, condition) if has_tangent else (x, s, condition)
     if mesh.pp_size > 1:
         out, tangent = run_on_stages(net, mesh, arguments, weight, tangent)
     else:
         out = net(*arguments)
         (primal(out) * weight).sum().backward()
-        out, tangent = primal(out).detach(), out.tangent if mode == "one_pass" else tangent
+        out, tangent = primal(out).detach(), out.tangent if has_tangent else tangent
     for name, p in net.named_parameters():
         if not getattr(p, "allreduce", True):
             dist.all_reduce(p.grad, group=mesh.pp_group)

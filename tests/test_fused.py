@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import VARIANTS, inputs, random_weights
 
-from rcm_mcore.dual import Dual, compiled_rowwise
+from rcm_mcore.dual import Dual, compiled_rowwise, rowwise, unstack
 from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full
 
@@ -70,6 +70,19 @@ def test_equals_eager_and_compiles_nothing_again(mesh, variant):
     assert got.keys() == want.keys()
     wrong = {name: error for name in got if not (error := relative(got[name], want[name])) <= 1e-12}
     assert not wrong, wrong
+
+
+def test_halves_of_one_buffer(mesh):
+    """Such are a message between pipeline stages and a sum over tensor-parallel ranks: the tangent lies behind its primal."""
+    x = unstack(torch.randn(3, 8, 4, dtype=torch.float64))
+    want = rowwise(first_and_rest, x)
+    got = compiled_rowwise(Counter())(first_and_rest, x)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a.primal, b.primal) and torch.allclose(a.tangent, b.tangent)
+
+
+def first_and_rest(x):
+    return x[0].sin() * x[1:], x.reshape(*x.shape[:-1], 2, 2).unbind(-1)[0].exp()
 
 
 @pytest.mark.gpu1
