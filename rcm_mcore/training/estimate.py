@@ -9,10 +9,10 @@ Memory of one rank, the fullest pipeline stage; states are exact but for the pad
                    a teacher's pass over both branches, a pass with tangents, and a backward through one block
 
 What train.offload names is counted as `host` instead. Nothing here is fitted to a measurement. What a block needs at work is
-counted: the most that a pass on the CPU, in bfloat16 and uncompiled, allocates for a token and channel, linear in the width of
-the feed-forward (tests/test_estimate.py counts again). Messages, rings and gathers are read off the code. Compiled row-wise
-functions need less. Eleven measured peaks (docs/benchmarks/step_h200_202611.md, examples_h200_202611.md) are within 10 % of
-it, nearly all above; exchanges of heads (mesh.cp_mode all_to_all, two_level) have no buffers here and were not measured.
+counted: the most that a pass on the CPU in bfloat16 allocates for a token and channel, compiled (model.compile) or not, linear
+in the width of the feed-forward (tests/test_estimate.py counts again). Messages, rings and gathers are read off the code. The
+measured peaks of docs/benchmarks are within 10 % of it (tests/test_estimate.py lists them); exchanges of heads
+(mesh.cp_mode all_to_all, two_level) have no buffers here and were not measured.
 """
 
 from __future__ import annotations
@@ -151,13 +151,23 @@ class _Work(NamedTuple):
         model, mesh = config.model, config.mesh
         # With sequence parallelism a rank has a share of the tokens and works on all of them with a share of the channels.
         ratio = model.ffn_hidden_size / model.hidden_size / (1 if mesh.sp else mesh.tp)
-        if model.family == "wan":
-            work = cls(max(42, 12 + 10 * ratio), max(84, 24 + 20 * ratio), 58 + 6 * ratio, 74 + 12 * ratio)
+        wide = _residual_width(config) - _WIDTHS[model.dtype]  # what the residual stream has more
+        if model.compile and model.family == "wan":
+            forward, graph, backward = max(26 + 2 * wide, 12 + 3 * wide + 4 * ratio), 34 + 4 * ratio, 40 + 10 * ratio
+        elif model.compile:
+            forward, graph = max(26 + 2 * wide, 8 + 3 * wide + 4 * ratio), 36 + 4 * ratio
+            backward = max(70, 24 + 10 * ratio)
+        elif model.family == "wan":
+            forward, graph, backward = max(42 + 2 * wide, 12 + 3 * wide + 10 * ratio), 58 + 6 * ratio, 74 + 12 * ratio
         else:
-            work = cls(8 + 10 * ratio, 16 + 20 * ratio, 62 + 6 * ratio, 66 + 12 * ratio)
-        if model.condition == "frames":  # shift, scale and gate of every token
-            work = cls(*(a + b for a, b in zip(work, (0, 0, 20, 16))))
-        return cls(*(x * _WIDTHS[model.dtype] / 2 for x in work))
+            forward, graph, backward = 8 + 3 * wide + 10 * ratio, 62 + 6 * ratio, 66 + 12 * ratio
+        if model.compile:
+            graph, backward = graph + 2 * wide, backward + 3 * wide
+        elif model.condition == "frames":  # shift, scale and gate of every token
+            graph, backward = graph + 20, backward + 16
+        # A compiled pass with tangents has two more alive where it is not the feed-forward that needs most.
+        dual = max(60 + 4 * wide, 2 * forward) if model.compile else 2 * forward
+        return cls(*(x * _WIDTHS[model.dtype] / 2 for x in (forward, dual, graph, backward)))
 
 
 def kept_of_a_layer(config: Config, *, dual: bool) -> int:
