@@ -216,12 +216,12 @@ def test_single_passes_have_their_flops(mesh):
     assert dual_both == pytest.approx(dual + 2 * forward)
 
 
-@pytest.mark.parametrize("dtype, size", [("bfloat16", 1e-3), ("float32", 1e-8)])
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 5e-5), ("float32", 1e-8)])
 def test_the_check_passes_in_every_dtype(mesh, dtype, size):
     config = parse_config(tree(model={"dtype": dtype, "recompute": "full", "num_layers": 3}))
     errors = gate(config, mesh)
     assert set(errors) == {"forward", "plain output", "dual output", "tangent", "gradients of plain", "gradients of dual"}
-    assert all(size < x["error"] < 500 * size and x["error"] <= 2 * x["plain"] for x in errors.values())
+    assert all(size < x["error"] < 1000 * size and x["error"] <= 2 * x["plain"] for x in errors.values())
 
 
 @pytest.mark.parametrize(

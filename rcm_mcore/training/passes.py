@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm_mcore.condition import Condition
-from rcm_mcore.config import Config, ModelConfig
+from rcm_mcore.config import Config
 from rcm_mcore.config.schema import AttentionConfig
 from rcm_mcore.dual import Dual, MaybeDual, primal
 from rcm_mcore.models import DiffusionTransformer
@@ -31,7 +31,7 @@ from rcm_mcore.training.setup import choose_attention, microbatches_of_a_step
 PASSES = ("forward", "forward and backward", "dual", "dual and backward")
 BUDGET = 2.0  # of the error of plain PyTorch in the same dtype
 # Plain PyTorch: what the settings of a run are held against.
-_PLAIN = {"recompute": "full", "compile": False, "fp8_forwards": False, "transformer_impl": "local"}
+_PLAIN: dict[str, Any] = {"recompute": "full", "compile": False, "fp8_forwards": False, "transformer_impl": "local"}
 _PLAIN_ATTENTION = AttentionConfig(jvp="blockwise", forward="blockwise", backward="blockwise")
 _EXACT: dict[str, Any] = {"bfloat16": "float32", "float32": "float64", "float64": "float64"}
 
@@ -108,7 +108,7 @@ def gate(config: Config, mesh: Mesh) -> dict[str, dict[str, float]]:
     """
     layers = max(2, config.mesh.pp * config.mesh.vpp)
     tested = replace(config, model=replace(config.model, num_layers=layers))
-    same = replace(tested, model=_plain(tested.model), attention=_PLAIN_ATTENTION)
+    same = replace(tested, model=replace(tested.model, **_PLAIN), attention=_PLAIN_ATTENTION)
     exact = replace(same, model=replace(same.model, dtype=_EXACT[config.model.dtype]))
     dtype = getattr(torch, config.model.dtype)
     truth = _values(exact, mesh, dtype)
@@ -116,7 +116,7 @@ def gate(config: Config, mesh: Mesh) -> dict[str, dict[str, float]]:
     found = _errors(_values(tested, mesh, dtype), truth)  # last: what it chooses as attention stays chosen
     errors = {name: {"error": found[name], "plain": plain[name]} for name in found}
     # What an 8-bit forward costs is another question than whether it is computed right.
-    ungated = ("forward",) if getattr(config.model, "fp8_forwards", False) else ()
+    ungated = ("forward",) if config.model.fp8_forwards else ()
     for name, error in errors.items():
         if name not in ungated and not error["error"] <= BUDGET * error["plain"] + 1e-13:
             raise RuntimeError(
@@ -124,12 +124,6 @@ def gate(config: Config, mesh: Mesh) -> dict[str, dict[str, float]]:
                 f"{config.model.dtype} {error['plain']:.2e}; nothing is reported"
             )
     return errors
-
-
-def _plain(model: ModelConfig) -> ModelConfig:
-    known = {field.name for field in fields(model)}
-    changes: dict[str, Any] = {name: value for name, value in _PLAIN.items() if name in known}
-    return replace(model, **changes)
 
 
 def _values(config: Config, mesh: Mesh, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
