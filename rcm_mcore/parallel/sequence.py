@@ -39,6 +39,11 @@ def scattering_sums(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]
     return _finished(dist.reduce_scatter_tensor(rows, x, group=group, async_op=True), rows, x)
 
 
+def summing(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to sum `x` over ranks, in place; call what is returned for the sum. No graph."""
+    return _finished(dist.all_reduce(x, group=group, async_op=True), x, x)
+
+
 def _finished(work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
     def finish() -> Tensor:
         nonlocal sent

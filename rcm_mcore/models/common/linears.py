@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from rcm_mcore import dual
 from rcm_mcore.dual import Dual, MaybeDual
 from rcm_mcore.models.common import fp8
-from rcm_mcore.parallel.sequence import gathering, scattering_sums
+from rcm_mcore.parallel.sequence import gathering, scattering_sums, summing
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,25 @@ def apply(layer: Any, x: MaybeDual) -> MaybeDual:
     if fp8.are_fp8():
         assert isinstance(x, Tensor), "float8 passes carry no tangent"
         return fp8.parallel_linear(layer, x)
-    is_ours = isinstance(layer, ColumnParallelLinear | RowParallelLinear)
-    if isinstance(x, Dual) and is_ours and layer.sequence_parallel and not torch.is_grad_enabled():
-        return _halves_in_turn(layer, x)
+    if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and not torch.is_grad_enabled():
+        return _without_graph(layer, x)
     return dual.linear(lambda z: layer(z)[0], x)
 
 
-def _halves_in_turn(layer: Any, x: Dual) -> Dual:
-    """A Dual under sequence parallelism: while one half is multiplied the other is on its way between the ranks."""
-    if isinstance(layer, ColumnParallelLinear):
-        coming = [gathering(half, layer.tp_group) for half in x]
-        return Dual(*[F.linear(half(), layer.weight) for half in coming])
-    leaving = [scattering_sums(F.linear(half, layer.weight), layer.tp_group) for half in x]
-    return Dual(*[half() for half in leaving])
+def _without_graph(layer: Any, x: MaybeDual) -> MaybeDual:
+    """megatron's linear without what it prepares for a backward, which takes longer to launch than a small matmul to run.
+
+    While one half of a Dual is multiplied the other is on its way between the ranks.
+    """
+    halves: Iterable[Tensor] = x if isinstance(x, Dual) else (x,)
+    group, split = layer.tp_group, layer.sequence_parallel
+    if split and isinstance(layer, ColumnParallelLinear):
+        coming = [gathering(half, group) for half in halves]
+        halves = (half() for half in coming)  # each waited for when its turn comes
+    if group.size() > 1 and isinstance(layer, RowParallelLinear):
+        add_up = scattering_sums if split else summing
+        leaving = [add_up(F.linear(half, layer.weight), group) for half in halves]
+        results = [half() for half in leaving]
+    else:
+        results = [F.linear(half, layer.weight) for half in halves]
+    return Dual(*results) if isinstance(x, Dual) else results[0]
