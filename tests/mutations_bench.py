@@ -9,7 +9,11 @@ MUTATIONS = (
         ('("prepare_and_clip", "step", "update_ema")', '("step",)', "test_spans_of_a_student_step"),
         ("if self._open is None:", "if False:", "test_spans_of_a_student_step"),
         ("            setattr(owner, name, function)", "            pass", "test_spans_of_a_student_step"),
-        ("_Step(start=self._now()), False", "_Step(start=self._now()), True", "test_spans_of_a_student_step"),
+        (
+            "_Step(start=moment(on_gpu=self._on_gpu)), False",
+            "_Step(start=moment(on_gpu=self._on_gpu)), True",
+            "test_spans_of_a_student_step",
+        ),
         ('"rollout with graph" if has_graph else "rollout"', '"rollout"', "test_spans_of_other_steps"),
     )
     + mutations(

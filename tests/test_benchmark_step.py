@@ -113,7 +113,7 @@ def timed_step(mesh, monkeypatch, tmp_path, **phase):
     steps = [("x", Phase(own_step=0, **phase))]
     learns = trained[steps[0][1].kind]
     ticks = itertools.count()
-    monkeypatch.setattr(Timeline, "_now", lambda self: next(ticks))
+    monkeypatch.setattr(timeline, "moment", lambda **_: next(ticks))
     sample = dict(dp_rank=0, dp_size=1, seed=0, global_batch_size=2)
     transform = lambda batch: benchmark.with_phase(config, steps, batch)
     with DataLoader(config=config.data, model=config.model, transform=transform, **sample) as loader:

@@ -66,8 +66,8 @@ class ModelConfig:
     image_len: int = 257  # Wan I2V: rows that it gives of an image
     eps: float = 1e-6  # of every norm
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # parameters and matmuls
-    # Keep the residual stream in float32, as the official Wan code does: rounding it after every addition is half of the error
-    # of a deep network and of its tangent (docs/benchmarks/tangent_h200_202611.md).
+    # Keep the residual stream in float32, as the official Wan code does: rounding it after every addition nearly doubles
+    # the error of a deep network and of its tangent (docs/benchmarks/tangent_h200_202611.md).
     fp32_residual: bool = True
     bf16_time: bool = False  # Wan: round 1000 s to bfloat16, for students trained elsewhere that way
     # Of blocks, in backward: nothing, all but the self-attention, or all; of a dual pass always all but the self-attention.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -161,11 +160,6 @@ def mcore_to_hub(weights: Weights, model: ModelConfig) -> dict[str, Weight]:
         patch = (model.patch_channels, *model.patch_size)
         hub[PATCH] = lazily(lambda x: x.unflatten(1, patch), hub[PATCH])
     return hub
-
-
-def plain_numerics(model: ModelConfig) -> ModelConfig:
-    """The network without how it was run: what a file of weights can tell."""
-    return replace(model, dtype="bfloat16", fp32_residual=True, bf16_time=False, recompute="full", transformer_impl="local")
 
 
 def _kind(names: Collection[str]) -> tuple[str, str]:

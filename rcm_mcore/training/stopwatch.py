@@ -17,12 +17,12 @@ class Stopwatch:
         self._spans: list[tuple[Any, Any]] = []
 
     def begin(self) -> None:
-        self._begun = self._now()
+        self._begun = moment(on_gpu=self._on_gpu)
 
     def end(self) -> None:
         """The span is over; without a `begin` there is none."""
         if self._begun is not None:
-            self._spans.append((self._begun, self._now()))
+            self._spans.append((self._begun, moment(on_gpu=self._on_gpu)))
             self._begun = None
 
     def take(self) -> list[float]:
@@ -34,9 +34,11 @@ class Stopwatch:
             spans[-1][1].synchronize()
         return [begin.elapsed_time(end) / 1e3 for begin, end in spans]
 
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def moment(*, on_gpu: bool) -> Any:
+    """Now: on a GPU an event on its timeline, else seconds."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

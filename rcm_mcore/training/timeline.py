@@ -19,7 +19,6 @@ Phases of a step, in their order; those that a step does not have are missing:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from rcm_mcore.dual import Dual
 from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.training import networks
 from rcm_mcore.training.optim import NetworkOptimizer
+from rcm_mcore.training.stopwatch import moment
 
 PHASES = (
     "teacher", "dual", "dual backward", "rollout", "rollout with graph", "fake score", "teacher at rollout", "rollout backward",
@@ -93,9 +93,9 @@ class Timeline:
     @contextmanager
     def step(self) -> Iterator[None]:
         """What runs inside is one step."""
-        self._open, self._on_rollout = _Step(start=self._now()), False
+        self._open, self._on_rollout = _Step(start=moment(on_gpu=self._on_gpu)), False
         yield
-        self._open.end = self._now()
+        self._open.end = moment(on_gpu=self._on_gpu)
         self._steps.append(self._open)
         self._open = None
 
@@ -123,9 +123,9 @@ class Timeline:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._open is None:
                 return function(*args, **kwargs)
-            called, start = phase(*args), self._now()
+            called, start = phase(*args), moment(on_gpu=self._on_gpu)
             result = function(*args, **kwargs)
-            self._open.spans.append((called, start, self._now()))
+            self._open.spans.append((called, start, moment(on_gpu=self._on_gpu)))
             return result
 
         self._before.append((owner, name, function))
@@ -144,13 +144,6 @@ class Timeline:
         if has_graph:
             self._graph = name
         return name
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _between(self, start: Any, end: Any) -> float:
         return float(start.elapsed_time(end)) / 1e3 if self._on_gpu else end - start
