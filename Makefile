@@ -48,3 +48,10 @@ test-slurm: setup
 .PHONY: test-faults
 test-faults: setup
 	$(BIN)/python -m pytest -s -m faults tests/test_faults.py
+
+# The part of the quality laboratory that needs no GPU: docs/quality says what it shows. An hour on two cores; goes on where it was.
+.PHONY: lab
+lab: setup
+	$(BIN)/python tools/lab.py plane
+	$(BIN)/python tools/lab.py digits
+	$(BIN)/python tools/lab.py report plane digits

@@ -20,6 +20,8 @@ class Condition(NamedTuple):
     latents: Tensor | None = None
     frames: Tensor | None = None  # [B] whole numbers, Cosmos
     image: Tensor | None = None  # [B, image_tokens, image_dim], Wan: rows of the image encoder, first frame before last
+    # [B], `model.interval`: rectified-flow time e <= s where the interval [e, s] ends whose average velocity is asked for
+    end: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """`function` of every tensor that is there."""
@@ -50,15 +52,15 @@ class Condition(NamedTuple):
             "latents": None if model.condition == "text" else latents,
             "frames": (batch,) if model.condition == "frames" else None,
             "image": (batch, model.image_tokens, model.image_dim) if model.image_tokens else None,
+            "end": (batch,) if model.interval else None,
         }
         for name, value in self._asdict().items():
             shape = shapes[name]
+            network = f"model.interval={model.interval}" if name == "end" else f"model.condition={model.condition}"
             if value is None and shape is not None:
-                raise ValueError(
-                    f"condition without {name}: a network of model.condition={model.condition} takes {list(shape)}"
-                )
+                raise ValueError(f"condition without {name}: a network of {network} takes {list(shape)}")
             if value is not None and shape is None:
-                raise ValueError(f"condition with {name}: a network of model.condition={model.condition} takes none")
+                raise ValueError(f"condition with {name}: a network of {network} takes none")
             if value is not None and value.shape != shape:
                 padding = ", padded with zero rows" if name == "text" else ""
                 raise ValueError(f"{name} has shape {list(value.shape)}: must be {list(shape or ())}{padding}")

@@ -12,12 +12,13 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rcm_mcore.config import ModelConfig
-    from rcm_mcore.sampling import GivenFiles, Output, SampleRequest
+    from rcm_mcore.sampling import GivenFiles
 
 _EXAMPLE = (
     "example: torchrun --nproc-per-node 2 -m rcm_mcore.sample --checkpoint runs/wan_1_3b --prompts prompts.txt --steps 4 "
@@ -25,22 +26,20 @@ _EXAMPLE = (
 )
 
 
+_SAMPLERS = "few_step: a student; mean_flow: one of distill.method=meanflow; others: a teacher"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m rcm_mcore.sample", description=__doc__, epilog=_EXAMPLE)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what to sample").add_argument
-    what("--checkpoint", required=True, help="run folder or checkpoint (format mcore)")
-    what("--which", choices=("ema", "student", "fake_score"), default="ema", help="network of the checkpoint (default ema)")
     what("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     what("--prompts", metavar="FILE", help="text file, one prompt a line")
     what("--seed", type=int, default=0, help="sample i has the noise of this seed and number i")
     what("--seeds", type=int, nargs="+", help="samples of every prompt, one for each; prompt p has the noise of number p")
     what("--num-per-prompt", type=int, default=1, help="samples of a prompt, one after another")
     what("--first-index", type=int, default=0, help="number of the first sample, to repeat one of a longer list")
-    what("--size", metavar="HxW", help="of the video in pixels, such as 480x832")
-    what("--frames", type=int, help="of the video, 4n + 1 (default 81); 1 is an image")
-    what("--latent-shape", type=int, nargs=4, metavar=("C", "F", "H", "W"), help="instead of --size and --frames")
     given = parser.add_argument_group(
         "given frames", "for networks with model.condition; a flag once for all prompts, or once for each, in their order"
     ).add_argument
@@ -50,10 +49,27 @@ def build_parser() -> argparse.ArgumentParser:
     given("--last-image", action="append", metavar="FILE", help="last frame (first_last)")
     given("--video", action="append", metavar="FILE", help="a video to go on with (frames), in place of --image")
     given("--video-frames", type=int, default=5, help="the last so many frames of --video are given, 4n + 1 (default 5)")
+    given("--image-encoder", metavar="FOLDER", help="CLIP vision model and image processor, if not those of --pipeline")
+    add_sampling(parser)
+    files = parser.add_argument_group("files").add_argument
+    files("--out", required=True, metavar="FOLDER", help="new, or with an interrupted run of the same request")
+    files("--fps", type=float, default=16.0, help="frames a second of an mp4")
+    files("--codec", metavar="FILE", help="codec.json of the digits task: decode to videos.safetensors and videos.gif")
+    return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command line that samples: network, shape, sampler, other networks, mesh (`take_sampling`)."""
+    network = parser.add_argument_group("network").add_argument
+    network("--checkpoint", required=True, help="run folder or checkpoint (format mcore)")
+    network("--which", choices=("ema", "student", "fake_score"), default="ema", help="network of the checkpoint (default ema)")
+    network("--size", metavar="HxW", help="of the video in pixels, such as 480x832")
+    network("--frames", type=int, help="of the video, 4n + 1 (default 81); 1 is an image")
+    network("--latent-shape", type=int, nargs=4, metavar=("C", "F", "H", "W"), help="instead of --size and --frames")
     how = parser.add_argument_group("how").add_argument
-    how("--sampler", choices=("few_step", "euler", "unipc"), default="few_step", help="few_step: a student; others: a teacher")
+    how("--sampler", choices=("few_step", "mean_flow", "euler", "unipc"), default="few_step", help=_SAMPLERS)
     how("--steps", type=int, default=4)
-    how("--sigma-max", type=float, default=80.0, help="where few_step starts")
+    how("--sigma-max", type=float, default=80.0, help="where few_step and mean_flow start")
     how(
         "--mid-times",
         type=float,
@@ -76,11 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     parts(
         "--text-encoder", metavar="FOLDER", help="UMT5 (Wan) or T5 (Cosmos) encoder and tokenizer, if not those of --pipeline"
     )
-    parts("--image-encoder", metavar="FOLDER", help="CLIP vision model and image processor, if not those of --pipeline")
-    parts("--vae", metavar="FOLDER", help="AutoencoderKLWan, if not that of --pipeline; without either, latents are written")
+    parts("--vae", metavar="FOLDER", help="AutoencoderKLWan, if not that of --pipeline")
     parts("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
     parts("--tiled", action="store_true", help="decode in tiles: less memory, seams are blended")
-    parts("--codec", metavar="FILE", help="codec.json of the digits task: decode to videos.safetensors and videos.gif")
     mesh = parser.add_argument_group("mesh").add_argument
     mesh("--tp", type=int, default=1, help="tensor-parallel size; other ranks share the prompts")
     mesh("--sp", action="store_true", help="sequence parallelism over the tensor-parallel ranks")
@@ -88,23 +102,21 @@ def build_parser() -> argparse.ArgumentParser:
     mesh("--cp-mode", choices=("auto", "ring", "all_to_all", "two_level"), default="auto", help="as mesh.cp_mode of a run")
     mesh("--cp-inner", type=int, help="as mesh.cp_inner of a run")
     mesh("--pp", type=int, default=1, help="pipeline-parallel size: the layers are split over so many ranks, which take turns")
-    files = parser.add_argument_group("files").add_argument
-    files("--out", required=True, metavar="FOLDER", help="new, or with an interrupted run of the same request")
-    files("--fps", type=float, default=16.0, help="frames a second of an mp4")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Sample and write; exit code 0, or 2 for what the user can put right."""
-    args = vars(build_parser().parse_args(argv))
+    return run_command(vars(build_parser().parse_args(argv)), _sample)
+
+
+def run_command(args: dict[str, Any], sample: Callable[[dict[str, Any]], None]) -> int:
+    """`sample(args)` with logging of rank 0; exit code 0, or 2 for what the user can put right. Leaves no process group."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     for name in ("megatron", "diffusers", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from rcm_mcore.sampling import generate  # heavy imports only once the command line is read
-
     try:
-        generate(*_request(args))
+        sample(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -113,26 +125,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _request(args: dict[str, Any]) -> tuple[SampleRequest, Output]:
-    """What the command line asks for."""
+def _sample(args: dict[str, Any]) -> None:
+    from rcm_mcore.sampling import Output, SampleRequest, generate  # heavy imports only once the command line is read
+
+    pipeline = args["pipeline"]
+    output = take_sampling(args) | {"codec": args.pop("codec")}
+    args["given"] = _given(args, pipeline, output)
+    args["prompts"] = _prompts(args.pop("prompt"), args["prompts"])
+    args["seeds"] = tuple(args["seeds"] or ())
+    generate(SampleRequest(**args), Output(**output))
+
+
+def take_sampling(args: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Output` from --out, --fps and the flags of `add_sampling`, taken out of `args`; what of these flags is left
+    there are fields of `SampleRequest`. Raises ValueError for flags that do not fit together."""
     from rcm_mcore.checkpoint import model_of
     from rcm_mcore.config import MID_TIMES, parse_model
-    from rcm_mcore.sampling import Output, SampleRequest
 
     pipeline = args.pop("pipeline")
-    output = {name: args.pop(name) for name in ("vae", "vae_dtype", "tiled", "fps", "codec")}
+    output = {name: args.pop(name) for name in ("vae", "vae_dtype", "tiled", "fps")}
     output |= {"folder": args.pop("out"), "vae": output["vae"] or pipeline}
     args["text_encoder"] = args["text_encoder"] or pipeline
     if args["text_encoder"] is None:
         raise ValueError("--text-encoder: give a folder with a UMT5 or T5 encoder and its tokenizer, or --pipeline")
-    args["given"] = _given(args, pipeline, output)
-    args["prompts"] = _prompts(args.pop("prompt"), args["prompts"])
-    size, frames = args.pop("size"), args.pop("frames")
     model = parse_model(model_of(args["checkpoint"]))
-    args["latent_shape"] = _latent_shape(model, size, frames, args["latent_shape"])
+    args["latent_shape"] = _latent_shape(model, args.pop("size"), args.pop("frames"), args["latent_shape"])
     args["mid_times"] = MID_TIMES[model.family] if args["mid_times"] is None else tuple(args["mid_times"])
-    args["seeds"] = tuple(args["seeds"] or ())
-    return SampleRequest(**args), Output(**output)
+    return output
 
 
 def _given(args: dict[str, Any], pipeline: str | None, output: dict[str, Any]) -> GivenFiles | None:

@@ -210,8 +210,8 @@ SAMPLE = (
         "tests/test_sample_given.py",
         ("told[draw.given] for draw in batch", "told[mine[0].given] for draw in batch", "test_a_teacher_is_the_image_pipeline"),
         (
-            "self._encoder.token_counts(different)",
-            "map(len, self._encoder.encode(different))",
+            "self._text_encoder().token_counts(prompts)",
+            "map(len, self._text_encoder().encode(prompts))",
             "test_a_prompt_that_the_encoder_would_cut_is_refused",
         ),
     )

@@ -52,7 +52,11 @@ TRIGFLOW = mutations(
     ("t.sin() / (t.sin() + t.cos())", "t.sin()", "test_time_maps_reproduce_the_published_table"),
     ("torch.randn((), generator", "torch.rand((), generator", "test_lognormal_times"),
     ("math.atan(math.exp(float(log_sigma)))", "math.exp(float(log_sigma))", "test_lognormal_times"),
-    ("1 + (distribution.shift - 1) * u)", "1 + distribution.shift * u)", "test_shifted_times"),
+    (
+        "s = distribution.shift * u / (1 + (distribution.shift - 1) * u)",
+        "s = distribution.shift * u / (1 + distribution.shift * u)",
+        "test_shifted_times",
+    ),
 )
 
 SAMPLERS = mutations(
@@ -164,15 +168,17 @@ STEPS = mutations(
     ("warmup=phase.warmup", "warmup=1.0", "test_consistency_step"),
     ("scale_tangent=distill.scale_tangent", "scale_tangent=True", "test_consistency_step"),
     ("x_t, t)\n    speed =", "x_t.float().double(), t)\n    speed =", "test_consistency_step"),
-    ("distill.scm_weight * loss / len(t)", "distill.scm_weight * loss / len(rows)",
+    ("distill.scm_weight * loss / count", "distill.scm_weight * loss / len(out)",
      "test_consistency_step_without_a_bad_sample"),
     ("primal(teacher)[rows]\n", "primal(teacher)[: len(rows)]\n", "test_consistency_step_with_bad_samples_of_both_kinds"),
-    ("torch.where(over_sample(usable), g, 0.0), distill", "g, distill", "test_consistency_step_without_a_bad_sample"),
+    ("distill.scale_tangent\n    )\n    usable = _agree(finite_samples(g), roles)",
+     "distill.scale_tangent\n    )\n    usable = _agree(t[rows] >= 0, roles)", "test_consistency_step_without_a_bad_sample"),
     ("torch.where(usable, gap, 0.0).sum()", "gap.sum()", "test_consistency_step_without_a_bad_sample"),
     ("if bool(good.all()):", "if True:", "test_consistency_step_without_a_bad_sample"),
     ("run(rows) if len(rows) else None", "run(rows)", "test_no_loss_when_every_sample_is_bad"),
     ("dist.ReduceOp.MIN", "dist.ReduceOp.MAX", "test_ranks_of_a_model_agree_on_what_they_leave_out"),
-    ("usable = _agree(finite_samples(g), roles)", "usable = finite_samples(g)",
+    ("distill.scale_tangent\n    )\n    usable = _agree(finite_samples(g), roles)",
+     "distill.scale_tangent\n    )\n    usable = finite_samples(g)",
      "test_ranks_of_a_model_agree_on_what_they_leave_out"),
     ("good = _agree(finite_samples(primal(out)), roles)", "good = finite_samples(primal(out))",
      "test_ranks_of_a_model_agree_on_what_they_leave_out"),

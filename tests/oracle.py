@@ -69,9 +69,60 @@ VARIANTS = {
 }
 
 
+# Students of MeanFlow, as no one else has them.
+INTERVALS = {
+    "wan-interval": partial(small_model, interval=True),
+    "cosmos-interval": partial(VARIANTS["cosmos"], interval=True),
+    "cosmos-frames-interval": partial(VARIANTS["cosmos-frames"], interval=True),
+}
+
+
 def diffusers_network(model: ModelConfig, seed: int = 0):
     """diffusers' transformer like `model` with random weights; build and use it in `exact_diffusers`."""
     return (diffusers_wan if model.family == "wan" else diffusers_cosmos)(model, seed)
+
+
+def interval_weights(model: ModelConfig, seed: int = 7):
+    """Random weights of the interval embedding, by our names."""
+    generator = torch.Generator().manual_seed(seed)
+    width, first = model.hidden_size, model.freq_dim if model.family == "wan" else model.hidden_size
+    shapes = {"0.weight": (width, first), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}
+    if model.family == "cosmos":
+        shapes = {"1.weight": (width, first), "2.weight": (3 * width, width)}
+    draw = lambda shape: 0.15 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {f"interval_embedding.{name}": draw(shape) for name, shape in shapes.items()}
+
+
+def tell_interval(net, model: ModelConfig, end, weights):
+    """diffusers' network, made to see s - end as well: its time embedding plus that of the interval."""
+    wan = model.family == "wan"
+    place = net.condition_embedder if wan else net.time_embed
+    inner, name = (place.time_embedder, "time_embedder") if wan else (place.t_embedder, "t_embedder")
+    first, second = ("0", "2") if wan else ("1", "2")
+    linear = lambda x, layer: torch.nn.functional.linear(
+        x, weights[f"interval_embedding.{layer}.weight"], weights.get(f"interval_embedding.{layer}.bias")
+    )
+    times = []
+
+    class Seen(torch.nn.Module):
+        """The sinusoid of time; the time is kept for the interval."""
+
+        def forward(self, t):
+            times[:] = [t]
+            return Sinusoid(model.freq_dim if wan else model.hidden_size)(t)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, *rest):
+            interval = times[0] - (1000 if wan else 1) * end
+            of_interval = Sinusoid(model.freq_dim if wan else model.hidden_size)(interval)
+            return self.inner(x, *rest) + linear(torch.nn.functional.silu(linear(of_interval, first)), second)
+
+    setattr(place, "timesteps_proj" if wan else "time_proj", Seen())
+    setattr(place, name, Both())
 
 
 def exact_diffusers():
@@ -299,6 +350,8 @@ def inputs(model: ModelConfig, batch=2, grid=(3, 8, 12), seed=1, dtype=torch.flo
         condition = condition._replace(frames=torch.arange(batch) % 2 + 1)
     if model.image_tokens:
         condition = condition._replace(image=draw(batch, model.image_tokens, model.image_dim))
+    if model.interval:
+        condition = condition._replace(end=s * torch.linspace(0.7, 0.2, batch, dtype=dtype))
     return x, x_dot, s, s_dot, condition
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from oracle import VARIANTS, inputs, small_model
+from oracle import INTERVALS, VARIANTS, inputs, small_model
 
 from rcm_mcore.condition import Condition
 from rcm_mcore.config import MeshConfig, resolve_mesh
@@ -53,6 +53,9 @@ def cases(world_size):
     found += [("cosmos", name, "45", mode) for name in names for mode in ("none", "one_pass")]
     # Those told of more than a text.
     more = [(variant, name) for variant in ("wan-first_last", "cosmos-frames") for name in names if name != "tp2"]
+    # Those told of an interval: their embedder on every stage, beside split heads and split tokens.
+    more += [("wan-interval", name) for name in names if name in ("tp2-sp", "cp2-ring", "pp2")]
+    more += [("cosmos-frames-interval", name) for name in names if name in ("tp2-sp", "pp2")]
     found += [(variant, name, "45", "one_pass") for variant, name in more]
     # Last, since a network stays as it is then.
     return found + [("wan", name, "45", "fused") for name in FUSED.get(world_size, ())]
@@ -139,7 +142,7 @@ def main(folder):
         todo = [(variant, *case) for variant, mesh_name, *case in cases(dist.get_world_size()) if mesh_name == name]
         for variant in dict.fromkeys(variant for variant, *_ in todo):
             weights, reference = (torch.load(folder / f"{variant}_{what}.pt") for what in ("weights", "reference"))
-            net = build_model(VARIANTS[variant](num_layers=LAYERS), mesh.config, mesh.groups)
+            net = build_model((VARIANTS | INTERVALS)[variant](num_layers=LAYERS), mesh.config, mesh.groups)
             load_full(net, weights, mesh.tp_group)
             nets[variant] = net, reference
         for variant, tokens, mode in todo:

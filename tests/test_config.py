@@ -147,6 +147,55 @@ def test_bad_values_are_named(path, value, message):
     assert message in str(error.value)
 
 
+INTERVAL = "students of meanflow are told the interval, and no other networks"
+TANGENT = "they are of the tangent of rcm and scm; leave them at 0 and jvp"
+
+
+@pytest.mark.parametrize(
+    "interval, distill, message",
+    [
+        (True, {}, f"model.interval=true with train.objective=distill, distill.method=rcm: {INTERVAL}"),
+        (True, {"method": "dcm"}, f"distill.method=dcm: {INTERVAL}"),
+        (False, {"method": "meanflow"}, f"distill.method=meanflow: {INTERVAL}"),
+        (False, {"method": "dcm", "tangent_warmup": 3}, "tangent_warmup=3, distill.tangent=jvp with distill.method=dcm"),
+        (False, {"method": "dcm", "tangent": "finite_difference"}, TANGENT),
+        (True, {"method": "meanflow", "tangent_warmup": 1}, TANGENT),
+        (True, {"method": "meanflow", "tangent": "finite_difference"}, "distill.method=meanflow: they are of the tangent"),
+        (False, {"method": "dcm", "discrete_steps": 0}, "distill.discrete_steps=0: must be at least 1"),
+        (True, {"method": "meanflow", "instant_share": 1.5}, "distill.instant_share=1.5: must lie in [0, 1]"),
+        (True, {"method": "meanflow", "instant_share": float("nan")}, "distill.instant_share=nan: must lie in [0, 1]"),
+        (False, {"difference_step": 0.0}, "distill.difference_step=0.0: must lie in (0, pi / 4)"),
+        (False, {"difference_step": 0.8}, "distill.difference_step=0.8: must lie in (0, pi / 4)"),
+        (False, {"difference_step": float("nan")}, "distill.difference_step=nan: must lie in (0, pi / 4)"),
+        (False, {"method": "mcd"}, "distill.method='mcd': must be one of "),
+        (False, {"student_weights": "fake_score"}, "distill.student_weights='fake_score': must be one of "),
+    ],
+)  # fmt: skip
+def test_methods_that_make_no_sense_are_named(interval, distill, message):
+    tree = changed("train.objective", "distill") | {"model": {"size": "tiny", "interval": interval}}
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree | {"distill": {"teacher": "t", **distill}})
+    assert message in str(error.value)
+
+
+def test_an_interval_is_of_a_distillation():
+    tree = changed("model.interval", True) | {"distill": {"method": "meanflow"}}
+    with pytest.raises(ConfigError, match=r"model\.interval=true with train\.objective=pretrain, distill\.method=meanflow"):
+        parse_config(tree)
+
+
+@pytest.mark.parametrize("method", ["scm", "dcm", "meanflow", "dmd", "rcm"])
+def test_only_score_distillation_has_a_fake_score(method):
+    tree = changed("train.objective", "distill") | {"model": {"size": "tiny", "interval": method == "meanflow"}}
+    tree = tree | {"distill": {"teacher": "t", "method": method}}
+    tree["train"] = tree["train"] | {"offload": ["teacher", "fake_score"]}
+    if method in ("dmd", "rcm"):
+        assert parse_config(tree).distill.has_fake_score
+    else:
+        with pytest.raises(ConfigError, match=rf"train\.offload=.*no fake_score .*{method}.* it has ema, student, teacher"):
+            parse_config(tree)
+
+
 def test_missing_fields_are_listed():
     tree = changed("train", {"objective": "pretrain"})
     with pytest.raises(ConfigError, match=r"missing: train.steps, train.global_batch_size, train.micro_batch_size"):

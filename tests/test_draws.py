@@ -30,7 +30,7 @@ FIELDS = {
 def config(seed=0, **distill):
     return parse_config(
         {
-            "model": {"size": "tiny", "in_channels": 4},
+            "model": {"size": "tiny", "in_channels": 4, "interval": distill.get("method") == "meanflow"},
             "train": {"objective": "distill", "steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "seed": seed},
             "data": {"shards": "x.tar", "latent_shape": list(SHAPE)},
             "distill": {"teacher": "teacher", **distill},
@@ -143,6 +143,36 @@ def test_share_of_dropped_samples():
     assert abs(int(draws.dropped.sum()) - rate * count) <= 3 * math.sqrt(count * rate * (1 - rate))
     s = draws.t_g.sin() / (draws.t_g.sin() + draws.t_g.cos())
     assert scipy.stats.kstest(s.numpy(), lambda s: s / (3 - 2 * s)).pvalue >= 0.01
+
+
+def test_intervals_end_before_they_begin():
+    """Both ends are draws of the same distribution; for a share of the samples there is one draw, which is both."""
+    count, options = 1000, dict(method="meanflow", time_g={"mean": -0.3, "std": 1.1})
+    small = dataclasses.replace(config(**options), data=dataclasses.replace(config().data, latent_shape=(4, 1, 2, 2)))
+    d = draw(small, PHASES["scm"], step=3, slots=tuple(range(count)))
+    assert d.t_end.dtype == torch.float64 and (d.t_end <= d.t_g).all()
+    instant = d.t_end == d.t_g
+    assert abs(int(instant.sum()) - 0.25 * count) <= 3 * math.sqrt(count * 0.25 * 0.75)
+    law = dict(cdf="norm", args=(-0.3, 1.1))
+    assert scipy.stats.kstest(d.t_g[instant].tan().log().numpy(), **law).pvalue >= 0.01
+    both = torch.cat([d.t_g[~instant], d.t_end[~instant]])
+    assert scipy.stats.kstest(both.tan().log().numpy(), **law).pvalue >= 0.01
+    # Of two independent draws the later has the squared distribution function.
+    later = scipy.stats.norm.cdf(d.t_g[~instant].tan().log().numpy(), -0.3, 1.1) ** 2
+    assert scipy.stats.kstest(later, "uniform").pvalue >= 0.01
+    for share, equal in ((0.0, 0), (1.0, 8)):
+        few = drawn("scm", instant_share=share, **options)
+        assert int((few.t_end == few.t_g).sum()) == equal
+
+
+def test_intervals_know_nothing_of_the_mesh():
+    whole = drawn("scm", method="meanflow")
+    assert present(whole).keys() == {"t_g", "eps_g", "t_end"}
+    parts = [drawn("scm", slots=slots, method="meanflow") for slots in ((0, 2, 4, 6), (1, 3, 5, 7))]
+    for name, want in present(whole).items():
+        pieces = torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1)
+        assert torch.equal(pieces, want), name
+    assert torch.equal(whole.rows(slice(2, 5)).t_end, whole.t_end[2:5])
 
 
 @pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([6, 1]), torch.tensor([True] * 3 + [False] * 5)])

@@ -298,9 +298,9 @@ def test_a_teacher_may_have_been_trained_without(monkeypatch):
     monkeypatch.setattr(setup, "model_of", lambda path: stored)
     monkeypatch.setattr(setup, "require_network", lambda path, which: None)
     tree = tiny.config("shards", "run", "distill", model={**stored, "fp8_forwards": True}, distill={"teacher": "t"})
-    setup.check_teacher(parse_config(tree))
+    setup.check_starts(parse_config(tree))
     with pytest.raises(ValueError, match=r"model\.text_len"):
-        setup.check_teacher(parse_config({**tree, "model": {**tree["model"], "text_len": 6}}))
+        setup.check_starts(parse_config({**tree, "model": {**tree["model"], "text_len": 6}}))
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

@@ -9,11 +9,16 @@ from rcm_mcore.models import build_model
 from rcm_mcore.models.common.parameters import load_full
 
 
-def results(net, model, device="cpu", dtype=torch.float64):
+def on_its_device(net, model, dtype=torch.float64):
+    """Inputs of oracle.py, where the network is."""
+    device = next(net.parameters()).device
+    *numbers, condition = inputs(model)
+    return *(z.to(device, dtype) for z in numbers), type(condition)(*(z if z is None else z.to(device) for z in condition))
+
+
+def results(net, model, dtype=torch.float64):
     """Output and tangent of a dual pass, output of a plain one and of one without gradients, and gradients of both."""
-    x, x_dot, s, s_dot, condition = inputs(model)
-    x, x_dot, s, s_dot = (z.to(device, dtype) for z in (x, x_dot, s, s_dot))
-    condition = type(condition)(*(z if z is None else z.to(device) for z in condition))
+    x, x_dot, s, s_dot, condition = on_its_device(net, model, dtype)
     with torch.no_grad():
         found = {"no_grad": net(x, s, condition)}
     for mode in ("one_pass", "plain"):
@@ -60,7 +65,7 @@ def test_equals_eager_and_compiles_nothing_again(mesh, variant):
     of_one_layer = None
     net.chunk_layers = [range(1)]
     with torch.no_grad():
-        x, x_dot, s, s_dot, condition = inputs(model)
+        x, x_dot, s, s_dot, condition = on_its_device(net, model)
         net(Dual(x, x_dot), Dual(s, s_dot), condition)
         of_one_layer = compiler.graphs
         net.chunk_layers = [range(2)]
@@ -98,7 +103,7 @@ def test_in_bfloat16_no_worse_than_eager(mesh, variant):
         model = VARIANTS[variant](num_layers=2, hidden_size=256, num_attention_heads=4, dtype=dtype, **options)
         net = build_model(model, mesh.config, mesh.groups)
         load_full(net, random_weights(net), mesh.tp_group)
-        found[name] = results(net, model, "cuda", torch.float64 if dtype == "float64" else torch.float32)
+        found[name] = results(net, model, torch.float64 if dtype == "float64" else torch.float32)
     wrong = {
         key: (ours, theirs)
         for key in found["exact"]

@@ -6,7 +6,7 @@ import pytest
 import ranks_networks_gpu
 import torch
 from launch import run_ranks
-from oracle import VARIANTS, diffusers_network, exact_diffusers, names_of_ours
+from oracle import INTERVALS, VARIANTS, diffusers_network, exact_diffusers, interval_weights, names_of_ours
 from ranks_networks import GRIDS, LAYERS, MESHES, cases, run
 
 from rcm_mcore.models import build_model
@@ -17,10 +17,11 @@ from rcm_mcore.models.common.parameters import load_full
 def reference(mesh, tmp_path_factory):
     """A folder with the weights of each variant and what one rank computes with them."""
     folder = tmp_path_factory.mktemp("networks")
-    for variant, small in VARIANTS.items():
+    for variant, small in (VARIANTS | INTERVALS).items():
         model = small(num_layers=LAYERS)
         with exact_diffusers():
             weights = names_of_ours(model, diffusers_network(model).state_dict())
+            weights |= interval_weights(model) if model.interval else {}
         net = build_model(model, mesh.config, mesh.groups)
         load_full(net, weights, mesh.tp_group)
         torch.save({k: v.clone() for k, v in weights.items()}, folder / f"{variant}_weights.pt")

@@ -23,7 +23,7 @@ from rcm_mcore.data.vae import VideoVAE
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
 from rcm_mcore.sampling import Draw, Output, SampleRequest, draws_of
 from rcm_mcore.sampling.background import Background
-from rcm_mcore.sampling.folder import SampleFolder, _digest
+from rcm_mcore.sampling.folder import SampleFolder, checkpoint_digest
 from rcm_mcore.sampling.generate import Finisher
 
 NAMES = ["000_a-red-fox.mp4", "001_a-blue-whale-at-night.mp4", "002_a-green-bird.mp4"]
@@ -272,8 +272,10 @@ def test_a_folder_of_something_else_is_refused(refused, tmp_path):
         assert "is not of this program" in refused(tmp_path)
 
 
-def test_latents_that_are_not_finite_are_not_written(tmp_path):
-    finisher = Finisher(None, Output(folder=str(tmp_path)), torch.device("cpu"))
+def test_latents_that_are_not_finite_are_not_written(parts, tmp_path):
+    output = Output(folder=str(tmp_path))
+    folder = SampleFolder(request(checkpoint=str(parts / "checkpoint")), output)
+    finisher = Finisher(folder, output, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"sample 3 \('a fox', seed 5\): the network gave numbers that are not finite"):
         finisher(Draw(3, "a fox", 5, 0), torch.tensor([1.0, float("inf")]))
     assert not list(tmp_path.iterdir())
@@ -300,7 +302,7 @@ def test_a_converted_checkpoint_that_changes_is_told_apart(parts, tmp_path):
     digests = []
     for content in ("a  x\n", "b  x\n"):
         (tmp_path / "checkpoint" / "SHA256SUMS").write_text(content)
-        digests.append(_digest(tmp_path / "checkpoint"))
+        digests.append(checkpoint_digest(tmp_path / "checkpoint"))
     assert None not in digests and digests[0] != digests[1]
 
 

@@ -26,7 +26,9 @@ DEEP = {"model": {"num_layers": 5}, "train": {"steps": 1, "micro_batch_size": 1}
 SHEETS = {"sheet_every": 1, "sheet_samples": 3, "sheet_steps": [1, 4]}
 COLUMNS = ["student 1", "student 4", "ema 1", "ema 4"]
 STUDENTS = [("one", "student", 1), ("one", "student", 4), ("one", "ema", 1), ("one", "ema", 4)]
+STUDENTS_OF_MEANFLOW = [("student", 1), ("student", 4), ("ema", 4)]
 STUDENTS += [("bfloat16", "student", 1), ("bfloat16", "ema", 1)]
+MEANFLOW = {"method": "meanflow"}
 TEACHER = {"sampler": "euler", "steps": TEACHER_STEPS, "shift": 3.0, "guidance": 2.0}
 TEACHERS = [("teacher", "student"), ("teacher", "ema"), ("first_last", "student"), ("frames", "ema")]
 
@@ -89,6 +91,7 @@ def runs(tmp_path_factory):
             run(folder, "one"),
             run(folder, "one_without", sheets={}),
             run(folder, "bfloat16", model={"dtype": "bfloat16"}),
+            run(folder, "meanflow", model={"interval": True}, distill=MEANFLOW),
             run(folder, "bfloat16_without", sheets={}, model={"dtype": "bfloat16"}),
             run(folder, "full_disk", sheets=SHEETS | {"sheet_every": 2}, fails=True),
             run(folder, "no_ema", sheets=SHEETS | {"sheet_every": 3}, optim={"ema_length": None}),
@@ -97,6 +100,7 @@ def runs(tmp_path_factory):
             run(folder, "frames", "pretrain", sheets=last, **frames),
             run(folder, "deep", "pretrain", **DEEP),
             *(sample(name, which, steps=steps) for name, which, steps in STUDENTS),
+            *(sample("meanflow", which, steps=steps, sampler="mean_flow") for which, steps in STUDENTS_OF_MEANFLOW),
             *(sample(name, which, **TEACHER) for name, which in TEACHERS),
         ],
     )
@@ -158,6 +162,11 @@ def compare(runs, name, which, steps, columns):
 def test_samples_are_those_of_the_sampler(runs, name, which, steps):
     """Of the checkpoint of the same step, for the same texts and noise."""
     compare(runs, name, which, steps, COLUMNS)
+
+
+@pytest.mark.parametrize("which, steps", STUDENTS_OF_MEANFLOW)
+def test_students_of_meanflow_have_their_sampler(runs, which, steps):
+    compare(runs, "meanflow", which, steps, COLUMNS)
 
 
 @pytest.mark.parametrize("name, which", TEACHERS)

@@ -1,5 +1,7 @@
 """FLOPs against torch's counter on diffusers' networks and ours, and against what the steps call; rates and times."""
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import oracle
@@ -10,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rcm_mcore.condition import Condition
-from rcm_mcore.config import parse_config, tokens_per_sample
+from rcm_mcore.config import load_config, parse_config, tokens_per_sample
 from rcm_mcore.distill.draws import Draws
-from rcm_mcore.distill.phases import Phase
+from rcm_mcore.distill.phases import Phase, phase_of
 from rcm_mcore.distill.steps import MicroBatch, Roles
 from rcm_mcore.dual import Dual, primal
 from rcm_mcore.models import build_model
@@ -83,8 +85,8 @@ def passes_of(config, phase, *, dual):
     times = torch.linspace(0.2, 1.4, batch, dtype=torch.float64)
     noise = torch.randn(max(1, phase.rollout_steps), batch, *shape, dtype=torch.float64)
     draws = Draws(
-        t_g=times, eps_g=noise[0], t_d=times, eps_d=noise[0], rollout_times=times.expand(len(noise), -1), rollout_noise=noise,
-        dropped=torch.zeros(batch, dtype=torch.bool),
+        t_g=times, eps_g=noise[0], t_end=times / 2, t_d=times, eps_d=noise[0],
+        rollout_times=times.expand(len(noise), -1), rollout_noise=noise, dropped=torch.zeros(batch, dtype=torch.bool),
     )  # fmt: skip
     text = negative.expand(batch, -1, -1)
     for term in terms_of(phase, roles, config):
@@ -111,6 +113,46 @@ def test_flops_of_a_step_are_those_of_the_passes_it_asks_for(phase, guidance):
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     forward, dual = model_flops(config.model, tokens), model_flops(config.model, tokens, tangent=True)
     assert flops_of_step(config, phase) == pytest.approx(forward * passes_of(config, phase, dual=dual / forward), rel=1e-12)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("method", [{"method": "dcm"}, {"method": "meanflow"}, {"tangent": "finite_difference"}], ids=str)
+def test_flops_of_other_consistency_terms_are_those_of_their_passes(method, guidance):
+    distill, interval = {"teacher": "t", "guidance": guidance, **method}, method.get("method") == "meanflow"
+    config = parse_config(tiny.config("s", "r", "distill", distill=distill, model={**tiny.MODEL, "interval": interval}))
+    phase, tokens = Phase(kind="student", own_step=0, scm=True), tokens_per_sample(config.model, config.data.latent_shape)
+    forward, dual = model_flops(config.model, tokens), model_flops(config.model, tokens, tangent=True)
+    passes = passes_of(config, phase, dual=dual / forward)
+    by_hand = (
+        (1 if guidance == 1 else 2) + {"dcm": 2, "finite_difference": 3}.get(next(iter(method.values())), dual / forward) + 2
+    )
+    assert passes == pytest.approx(4 * by_hand) and flops_of_step(config, phase) == pytest.approx(forward * passes, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", oracle.INTERVALS)
+def test_flops_of_the_interval_are_those_that_torch_counts(mesh, name):
+    counts, expected = [], []
+    for interval in (True, False):
+        model = oracle.INTERVALS[name](interval=interval)
+        x, _, s, _, condition = oracle.inputs(model, batch=1, grid=GRID)
+        net = build_model(model, mesh.config, mesh.groups)
+        with torch.no_grad():
+            counts.append(counted(partial(net, x, s, condition)))
+        expected.append(model_flops(model, tokens_per_sample(model, tuple(x.shape[1:]))))
+    assert counts[0] - counts[1] == pytest.approx(expected[0] - expected[1], rel=1e-12) and counts[0] > counts[1]
+
+
+def test_examples_of_the_digits_cost_the_same():
+    """Every method, and the three stages together."""
+    costs = {}
+    for path in sorted((Path(__file__).parent.parent / "examples" / "digits").glob("*.yaml")):
+        if path.stem != "teacher":
+            config = load_config(path)
+            cost = sum(flops_of_step(config, phase_of(step, config.distill)) for step in range(config.train.steps))
+            name = path.stem.split("_")[0]
+            costs[name] = costs.get(name, 0.0) + cost
+    assert costs.keys() == {"rcm", "scm", "dmd", "dcm", "meanflow", "staged"}
+    assert {name: cost / costs["rcm"] for name, cost in costs.items()} == pytest.approx(dict.fromkeys(costs, 1.0), abs=0.02)
 
 
 def test_rates_of_a_step():

@@ -7,7 +7,7 @@ import yaml
 
 from rcm_mcore.checkpoint import write_network
 from rcm_mcore.config import parse_config, to_yaml
-from rcm_mcore.training.setup import check_teacher
+from rcm_mcore.training.setup import check_starts
 from rcm_mcore.training.state import read_state
 
 
@@ -29,7 +29,7 @@ def test_a_teacher_of_an_older_version_is_of_its_family(tmp_path):
     section |= {"in_channels": 4, "freq_dim": 16, "text_dim": 8, "text_len": 5}
     write_network(tmp_path / "teacher", {"a": torch.zeros(2)}, section)
     tree = tiny.config("shards", tmp_path / "run", "distill", distill={"teacher": str(tmp_path / "teacher")})
-    check_teacher(parse_config(tree))
+    check_starts(parse_config(tree))
     tree["model"] |= {"condition": "image"}
     with pytest.raises(ValueError, match=r"has model\.condition=text, this run has image"):
-        check_teacher(parse_config(tree))
+        check_starts(parse_config(tree))

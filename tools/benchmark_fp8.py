@@ -47,7 +47,7 @@ from rcm_mcore.models.common.fp8 import require_fp8
 from rcm_mcore.parallel.mesh import Mesh, local_mesh
 from rcm_mcore.parallel.random import noise
 from rcm_mcore.training.networks import build_network
-from rcm_mcore.training.setup import check_teacher, choose_attention, negative
+from rcm_mcore.training.setup import check_starts, choose_attention, negative
 from rcm_mcore.training.step import terms_of
 
 Role = Literal["teacher", "student", "fake_score"]
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.student is not None:
             for which in ("student", "fake_score"):
                 require_network(args.student, which)
-            check_teacher(config)
+            check_starts(config)
         batches = microbatches(config, args.batches, data=args.data)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

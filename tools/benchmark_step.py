@@ -172,6 +172,8 @@ def check(args: argparse.Namespace) -> list[Config]:
     if base.train.objective != "distill":
         raise ValueError(f"train.objective={base.train.objective}: the steps of a distillation are timed")
     base = replace(base, distill=replace(base.distill, negative_embedding=None))  # zeros cost the same
+    if base.distill.method not in KINDS:
+        raise ValueError(f"distill.method={base.distill.method}: the steps of {', '.join(KINDS)} are timed")
     allowed = KINDS[base.distill.method]
     args.kinds = args.kinds or list(allowed)
     if unknown := [kind for kind in args.kinds if kind not in allowed]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rcm_mcore.config import Config, MeshConfig, load_config, parse_config, tokens_per_sample, validate_mesh
-from rcm_mcore.training.benchmark import parse_mesh
+from rcm_mcore.training.benchmark import KINDS, parse_mesh
 from rcm_mcore.training.cost import Cost, Links, Rates, measured_rates, step_cost
 from rcm_mcore.training.setup import microbatches_of_a_step
 
@@ -41,6 +41,8 @@ def measured_rows(path: Path) -> list[tuple[Config, dict[str, Any]]]:
 def predictions(config: Config, name: str, rates: Rates, links: Links, *, gpus: Sequence[int]) -> list[list[Any]]:
     """For each number of GPUs a line for each kind of step, and where there are two for a cycle of them."""
     times = {"student": 1, "critic": config.distill.student_every - 1}
+    if config.distill.method not in KINDS:
+        raise ValueError(f"distill.method={config.distill.method}: there is a cost model of {', '.join(KINDS)}")
     if config.distill.method == "scm":
         del times["critic"]
     rollout = (1 + config.distill.rollout_max_steps) / 2

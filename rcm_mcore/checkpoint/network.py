@@ -130,14 +130,17 @@ def write_network(
 
 
 @torch.no_grad()
-def load_network(net: Any, path: str | Path, *, which: Which) -> None:
+def load_network(net: Any, path: str | Path, *, which: Which, new: str | None = None) -> None:
     """Load one network of a checkpoint into `net` (its part on its mesh), cast to the dtype of `net`.
 
+    Weights whose names begin with `new` are left as they are where the checkpoint has none of them.
     `net` has `pieces` and `is_of_another_stage`. Raises ValueError when names or shapes differ, before anything is changed.
     """
     path = resolve(path)
     stored = _entries(path, which)
     wanted: dict[str, Pieces] = net.pieces()
+    if new is not None and not any(name.startswith(new) for name in stored):
+        wanted = {name: pieces for name, pieces in wanted.items() if not name.startswith(new)}
     missing = sorted(wanted.keys() - stored.keys())
     unknown = sorted(name for name in stored.keys() - wanted.keys() if not net.is_of_another_stage(name))
     if missing or unknown:

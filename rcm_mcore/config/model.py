@@ -51,6 +51,9 @@ class ModelConfig:
     # What is given besides text: the first frame (Wan I2V), the first and the last (Wan FLF2V), or the first latent frames
     # (Cosmos V2W).
     condition: Literal["text", "image", "first_last", "frames"] = "text"
+    interval: bool = (
+        False  # told how long the interval is whose average velocity is asked for (students of distill.method=meanflow)
+    )
     num_layers: int
     hidden_size: int
     num_attention_heads: int

@@ -88,15 +88,19 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """rCM and its two halves (arXiv 2510.08431; method.md 2, 3, 5)."""
+    """rCM, its two halves, and what it is compared with (arXiv 2510.08431; method.md 2 to 5)."""
 
     teacher: str = ""  # checkpoint folder of the teacher (format mcore); the student and the fake score start from it
     teacher_weights: Literal["student", "ema"] = "student"  # which network of that checkpoint
-    method: Literal["rcm", "scm", "dmd"] = "rcm"
+    student: str = ""  # checkpoint folder that the student starts from instead, such as an earlier stage's
+    student_weights: Literal["student", "ema"] = "ema"  # which network of that checkpoint
+    # rcm: scm and dmd together. scm, dcm: continuous-time and discrete consistency. dmd: score distillation. meanflow: average
+    # velocities (arXiv 2505.13447), for networks with model.interval
+    method: Literal["rcm", "scm", "dmd", "dcm", "meanflow"] = "rcm"
     guidance: float = 5.0  # classifier-free guidance of the teacher, F_u + g (F_c - F_u)
     negative_embedding: str | None = None  # file with the text rows of the negative prompt; none: zeros
     student_every: int = 5  # one student step in so many steps, else critic steps
-    scm_weight: float = 100.0
+    scm_weight: float = 100.0  # of the consistency term of any method
     dmd_weight: float = 1.0
     time_g: TimeConfig = field(default_factory=TimeConfig)  # times of the consistency term
     time_d: TimeConfig = field(default_factory=lambda: TimeConfig(kind="shifted"))  # times of score distillation and rollout
@@ -104,12 +108,28 @@ class DistillConfig:
     rollout_times: tuple[float, ...] | None = None  # fixed TrigFlow times of the later rollout steps instead of draws
     tangent_warmup: int = 0  # student steps over which r rises from 0 to 1; student-only meanwhile
     scale_tangent: bool = True  # multiply F_dot by r as well as x_t (the public code leaves F_dot unscaled)
-    tangent_norm_constant: float = 0.1  # c in g / (|g| + c)
+    tangent_norm_constant: float = 0.1  # c in g / (|g| + c); in g / (|g|^2 + c) of meanflow
+    tangent: Literal["jvp", "finite_difference"] = "jvp"  # of the student of rcm and scm; differences are for comparisons alone
+    # Of TrigFlow time, to both sides. In float32 (bfloat16 leaves nothing of a difference). At 1e-2 Wan's fastest sinusoid, of
+    # 1000 s, goes round more than once, and nothing is left of the tangent; Cosmos, which sees s, bears it.
+    difference_step: float = 1e-4
+    discrete_steps: int = 50  # dcm: steps from noise to data, equally likely under time_g
+    instant_share: float = 0.25  # meanflow: share of samples whose interval is empty, which see the teacher's velocity
 
     def __post_init__(self) -> None:
         _at_least("distill.student_every", self.student_every, 1)
         _at_least("distill.rollout_max_steps", self.rollout_max_steps, 1)
         _at_least("distill.tangent_warmup", self.tangent_warmup, 0)
+        _at_least("distill.discrete_steps", self.discrete_steps, 1)
+        if self.consistency in ("dcm", "meanflow") and (self.tangent_warmup or self.tangent != "jvp"):
+            raise ValueError(
+                f"distill.tangent_warmup={self.tangent_warmup}, distill.tangent={self.tangent} with distill.method="
+                f"{self.method}: they are of the tangent of rcm and scm; leave them at 0 and jvp"
+            )
+        if not 0 < self.difference_step < math.pi / 4:
+            raise ValueError(f"distill.difference_step={self.difference_step}: must lie in (0, pi / 4), such as 0.01")
+        if not 0 <= self.instant_share <= 1:
+            raise ValueError(f"distill.instant_share={self.instant_share}: must lie in [0, 1]")
         if self.rollout_times is not None and not all(0 < t <= math.pi / 2 for t in self.rollout_times):
             raise ValueError(f"distill.rollout_times={list(self.rollout_times)}: TrigFlow times lie above 0 and up to pi / 2")
         if self.rollout_times is not None and len(self.rollout_times) < self.rollout_max_steps - 1:
@@ -117,6 +137,18 @@ class DistillConfig:
                 f"distill.rollout_times has {len(self.rollout_times)} entries; distill.rollout_max_steps="
                 f"{self.rollout_max_steps} needs {self.rollout_max_steps - 1}"
             )
+
+    @property
+    def consistency(self) -> Literal["scm", "dcm", "meanflow"] | None:
+        """The term of the method that follows the teacher's trajectories, if it has one."""
+        if self.method in ("rcm", "scm"):
+            return "scm"
+        return None if self.method == "dmd" else self.method  # type: ignore[return-value]
+
+    @property
+    def has_fake_score(self) -> bool:
+        """Whether the method has score distillation, and so a network that learns the student's scores."""
+        return self.method in ("rcm", "dmd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +268,16 @@ class Config:
         if self.train.objective == "distill" and not self.distill.teacher:
             raise ValueError("distill.teacher is empty: train.objective=distill needs the folder of a teacher checkpoint")
         self._check_offload()
+        if self.model.interval != (self.train.objective == "distill" and self.distill.method == "meanflow"):
+            raise ValueError(
+                f"model.interval={str(self.model.interval).lower()} with train.objective={self.train.objective}, "
+                f"distill.method={self.distill.method}: students of meanflow are told the interval, and no other networks"
+            )
 
     def _check_offload(self) -> None:
         there = {"student"}
         if self.train.objective == "distill":
-            there |= {"teacher"} if self.distill.method == "scm" else {"teacher", "fake_score"}
+            there |= {"teacher", "fake_score"} if self.distill.has_fake_score else {"teacher"}
         if self.optim.ema_length is not None:
             there.add("ema")
         for name in self.train.offload:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from rcm_mcore.data.ahead import ahead
 from rcm_mcore.data.build import NEGATIVE_EMBEDDING, Outcome, ShardFolder, write_embedding
 from rcm_mcore.data.image import ImageEncoder, encode_given, given_frames
 from rcm_mcore.data.media_input import BadInput, MediaInput, Size, list_inputs, read_media, to_unit
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "diffusers", "transformers", "av", "pillow", "ftfy")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +203,7 @@ def _outcomes(items: Sequence[int], inputs: Sequence[MediaInput], encoder: Media
             return refused
         return pool.submit(decode, inputs[item].path)
 
-    for item, decoded in _ahead(start, items, workers=request.decode_workers):
+    for item, decoded in ahead(start, items, workers=request.decode_workers):
         entry = inputs[item]
         try:
             pixels = decoded.result()
@@ -216,20 +214,3 @@ def _outcomes(items: Sequence[int], inputs: Sequence[MediaInput], encoder: Media
             continue
         subfolder = size_name((pixels.shape[2], pixels.shape[3])) if len(request.sizes) > 1 else ""
         yield Outcome(item, entry.name, sample, subfolder)
-
-
-def _ahead(
-    start: Callable[[int, ThreadPoolExecutor], Future[T]], items: Iterable[int], *, workers: int
-) -> Iterator[tuple[int, Future[T]]]:
-    """Each item and its future, in order, with `workers` of them started ahead of the one handed out."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting: deque[tuple[int, Future[T]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, start(item, pool)))
-            if len(waiting) > workers:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 SIZE_MULTIPLE = 16  # pixels: 8 to a latent position, 2 of those to a token
 

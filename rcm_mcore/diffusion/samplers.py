@@ -53,6 +53,20 @@ def sample_few_step(velocity: TensorVelocity, noises: Iterable[Tensor], times: S
     return x0
 
 
+@torch.no_grad()
+def sample_mean_flow(average: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, times: Sequence[float]) -> Tensor:
+    """MeanFlow's sampler, x_e = x_s - (s - e) u(x_s, e, s), down `times` (arXiv 2505.13447, eq. 12).
+
+    `average(x, s, e)`: the velocity u averaged over [e, s]. `noise` [B, C, F, H, W]; `times` of TrigFlow, as `few_step_times`
+    gives them, so that a step costs and starts what one of the few-step sampler does. Returns x0 [B, C, F, H, W], float64.
+    """
+    s = rf_time(noise.new_tensor(times, dtype=torch.float64))
+    x = s[0] * noise.double()
+    for now, end in zip(s[:-1].expand(len(x), -1).T, s[1:].expand(len(x), -1).T):
+        x = x - (now - end).view(-1, 1, 1, 1, 1) * average(x, now, end).double()
+    return x
+
+
 def shifted_sigmas(steps: int, shift: float) -> list[float]:
     """`steps` + 1 rectified-flow times from 1 to 0: uniform u mapped to shift u / (1 + (shift - 1) u)."""
     if steps < 1 or not 0 < shift < math.inf:

@@ -70,6 +70,16 @@ def _to_trig(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return ((t.cos() - t.sin()) * x + v.to(x.dtype)) / (t.cos() + t.sin())
 
 
+def time_grid(distribution: TimeConfig, steps: int) -> Tensor:
+    """`steps` + 1 TrigFlow times from 0 to pi/2, float64: a draw from `distribution` lies between any two neighbours alike."""
+    u = torch.arange(1, steps, dtype=torch.float64) / steps
+    if distribution.kind == "lognormal":
+        inner = (distribution.mean + distribution.std * math.sqrt(2) * torch.erfinv(2 * u - 1)).exp().atan()
+    else:
+        inner = trig_time(distribution.shift * u / (1 + (distribution.shift - 1) * u))
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), math.pi / 2)])
+
+
 def draw_time(distribution: TimeConfig, generator: torch.Generator) -> float:
     """One TrigFlow time from p_G or p_D (method.md 5)."""
     if distribution.kind == "lognormal":

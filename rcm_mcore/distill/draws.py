@@ -24,6 +24,7 @@ class Draws:
 
     t_g: Tensor | None = None  # consistency term (and pretraining): times and noise
     eps_g: Tensor | None = None
+    t_end: Tensor | None = None  # meanflow: where the intervals end, at most t_g
     t_d: Tensor | None = None  # score distillation and critic: times and noise
     eps_d: Tensor | None = None
     rollout_times: Tensor | None = None  # [N, b], falling from pi/2
@@ -66,6 +67,13 @@ def draw(config: Config, phase: Phase, *, step: int, slots: tuple[int, ...]) -> 
     draws: dict[str, Tensor | None] = {"frames": frames}
     if phase.scm:
         draws |= dict(t_g=times("time-g", distill.time_g), eps_g=gaussian("noise-g"))
+    if phase.scm and distill.consistency == "meanflow":
+        one, other = draws["t_g"], times("time-end", distill.time_g)
+        assert one is not None
+        uniform = [float(torch.rand((), generator=generator("instant", seed=seed, step=step, slot=s))) for s in slots]
+        instant = torch.tensor([u < distill.instant_share for u in uniform])
+        draws["t_g"] = torch.where(instant, one, torch.maximum(one, other))
+        draws["t_end"] = torch.where(instant, one, torch.minimum(one, other))
     if phase.rollout_steps:
         draws |= dict(t_d=times("time-d", distill.time_d), eps_d=gaussian("noise-d"))
         draws["rollout_noise"] = torch.stack([gaussian(f"rollout-{k}") for k in range(phase.rollout_steps)])

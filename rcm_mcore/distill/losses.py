@@ -35,14 +35,38 @@ def consistency_tangent(
     return g - (r if scale_tangent else 1.0) * trig_dot
 
 
+def discrete_tangent(denoised: Tensor, target: Tensor, *, t: Tensor, t_next: Tensor) -> Tensor:
+    """The discrete counterpart of sCM's g, cos((t + t') / 2) (x0(x_t, t) - x0(x_t', t')) / (t - t').
+
+    x_t' is where the teacher leads x_t in one step to t' = `t_next` < t, so that it tends to cos t dx0/dt = g (arXiv
+    2303.01469, eq. 7 and theorem 5; 2410.11081, eq. 5). `denoised` and `target` are the two x0. The weight is that of the
+    middle of the step: cos t is 0 at pure noise, where sampling starts, and the only step from there would not be learnt.
+    """
+    return over_sample(((t + t_next) / 2).cos() / (t - t_next)) * (denoised - target)
+
+
+def average_velocity_error(u: Tensor, u_dot: Tensor, velocity: Tensor, *, s: Tensor, end: Tensor) -> Tensor:
+    """How far the average velocity u over [e, s] is from MeanFlow's identity: v - (s - e) du/ds - u.
+
+    arXiv 2505.13447, eq. 6. u_dot: du/ds along the teacher's `velocity` v, e standing still (eq. 8).
+    """
+    return velocity - over_sample(s - end) * u_dot - u
+
+
 def normalize_tangent(g: Tensor, constant: float) -> tuple[Tensor, Tensor]:
     """g / (|g| + constant) per sample, and |g| [B]."""
     norm = g.flatten(1).norm(dim=1)
     return g / over_sample(norm + constant), norm
 
 
+def normalize_error(error: Tensor, constant: float) -> tuple[Tensor, Tensor]:
+    """MeanFlow's weight, error / (|error|^2 + constant) per sample, and |error| [B] (arXiv 2505.13447, eq. 22 with p = 1)."""
+    norm = error.flatten(1).norm(dim=1)
+    return error / over_sample(norm.square() + constant), norm
+
+
 def consistency_loss(trig: Tensor, g: Tensor) -> Tensor:
-    """L_scm = |F - sg(F) - g|^2 [B], so dL/dF = -2 g; g the normalised tangent."""
+    """L_scm = |F - sg(F) - g|^2 [B], so dL/dF = -2 g; g the normalised tangent, or MeanFlow's weighted error."""
     return squared_error(trig, trig.detach() + g)
 
 

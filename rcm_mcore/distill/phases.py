@@ -14,7 +14,7 @@ class Phase:
 
     kind: Literal["pretrain", "student", "critic"]
     own_step: int  # steps of this kind done before
-    scm: bool = False  # the step has the consistency term
+    scm: bool = False  # the step has the consistency term of the method, whichever that is
     dmd: bool = False  # the step has the score-distillation term
     rollout_steps: int = 0  # student evaluations of the rollout, 0: none
     warmup: float = 1.0  # r of the tangent warm-up
@@ -23,11 +23,12 @@ class Phase:
 def phase_of(step: int, config: DistillConfig) -> Phase:
     """The phase of optimizer step `step` (from 0) of a distillation.
 
-    During the tangent warm-up, and for `scm` throughout, every step is a student step without score distillation;
-    afterwards one step in `student_every` is a student step and the others train the fake score. Rollouts take 1, 2, ...
+    During the tangent warm-up, and throughout for methods that have none, every step is a student step without score
+    distillation; afterwards one step in `student_every` is a student step and the others train the fake score. Rollouts take
+    1, 2, ...
     `rollout_max_steps` evaluations in turn, counted apart for the student and for the critic.
     """
-    scm, dmd = config.method != "dmd", config.method != "scm"
+    scm, dmd = config.consistency is not None, config.has_fake_score
     after = step - config.tangent_warmup if scm else step
     warmup = 1.0 if config.tangent_warmup == 0 else min(1.0, step / config.tangent_warmup)
     if not dmd:
@@ -45,7 +46,7 @@ def phase_of(step: int, config: DistillConfig) -> Phase:
 
 def cycle_of(config: DistillConfig) -> int:
     """Steps after which the kinds of phases come again, tangent warm-up aside."""
-    return 1 if config.method == "scm" else config.student_every
+    return config.student_every if config.has_fake_score else 1
 
 
 def steps_by_kind(steps: int, config: DistillConfig) -> tuple[int, int]:

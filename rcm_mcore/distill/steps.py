@@ -6,6 +6,7 @@ network's own output is not, the sample is left out on all ranks of its model-pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from rcm_mcore.condition import Condition
 from rcm_mcore.config import Config
-from rcm_mcore.diffusion.trigflow import denoised, diffuse, over_sample, rf_time, trig_velocity
+from rcm_mcore.diffusion.trigflow import Velocity, denoised, diffuse, over_sample, rf_time, time_grid, trig_velocity
 from rcm_mcore.distill.draws import Draws
 from rcm_mcore.distill.losses import (
+    average_velocity_error,
     consistency_loss,
     consistency_tangent,
+    discrete_tangent,
     finite_samples,
+    normalize_error,
     normalize_tangent,
     score_distillation_loss,
     score_target,
@@ -89,31 +93,134 @@ def consistency_step(batch: MicroBatch, roles: Roles, config: Config, phase: Pha
         teacher = trig_velocity(guided(roles.teacher, batch.condition, roles.negative, distill.guidance), x_t, t)
     speed = t.cos() * t.sin()
     x_dot = over_sample(speed) * primal(teacher)
+    by_difference = None
+    if distill.tangent == "finite_difference":
+        student = conditioned(roles.student, batch.condition)
+        by_difference = over_sample(speed) * _difference(student, x_t, t, primal(teacher), distill.difference_step)
 
     def run(rows: Tensor) -> MaybeDual:
-        x, time = Dual(x_t[rows], x_dot[rows]), Dual(t[rows], speed[rows])
-        return trig_velocity(conditioned(roles.student, batch.condition.rows(rows)), x, time)
+        student = conditioned(roles.student, batch.condition.rows(rows))
+        if by_difference is not None:
+            return trig_velocity(student, x_t[rows], t[rows])
+        return trig_velocity(student, Dual(x_t[rows], x_dot[rows]), Dual(t[rows], speed[rows]))
 
     out, rows = _finite_forward(run, len(t), roles)
     metrics = _counters(out, rows, len(t))
     if out is None:
         return None, metrics
-    assert isinstance(out, Dual), "the student of a dual pass returns a Dual"
-    trig, teacher = out.primal, primal(teacher)[rows]
+    assert isinstance(out, Dual) == (by_difference is None), "the student of a dual pass returns a Dual"
+    trig_dot = out.tangent if isinstance(out, Dual) else _present(by_difference)[rows]
+    trig, teacher = primal(out), primal(teacher)[rows]
     g = consistency_tangent(
-        trig.detach(), out.tangent, teacher, x_t[rows], t=t[rows], warmup=phase.warmup, scale_tangent=distill.scale_tangent
+        trig.detach(), trig_dot, teacher, x_t[rows], t=t[rows], warmup=phase.warmup, scale_tangent=distill.scale_tangent
     )
     usable = _agree(finite_samples(g), roles)
     g, norm = normalize_tangent(torch.where(over_sample(usable), g, 0.0), distill.tangent_norm_constant)
-    loss = consistency_loss(trig, g).sum()
-    gap = (trig.detach() - teacher).flatten(1).norm(dim=1)
+    ends: dict[str, Any] = dict(norm=norm, usable=usable, teacher=teacher, metrics=metrics)
+    return _follow(trig, g, **ends, config=config, count=len(t))
+
+
+@torch.no_grad()
+def _difference(student: Velocity, x: Tensor, t: Tensor, x_dot: Tensor, step: float) -> Tensor:
+    """dF/dt along (x_dot, 1) from two evaluations, `step` to either side where time goes on that far.
+
+    Never at 0, where the velocity towards frames that are given is 0 / 0.
+    """
+    before, after = torch.maximum(t - step, t / 2), (t + step).clamp_max(math.pi / 2)
+    low, high = (trig_velocity(student, x + over_sample(at - t) * x_dot, at) for at in (before, after))
+    return (high - low) / over_sample(after - before)
+
+
+def discrete_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
+    """The dCM term: x0 at t is to be x0 at the next time of a grid, where one Euler step of the teacher leads.
+
+    Weighted and normalised as the sCM term, to which it tends with the number of steps (losses.discrete_tangent).
+    """
+    distill, draws = config.distill, batch.draws
+    assert draws.t_g is not None and draws.eps_g is not None, "draws of another phase"
+    grid = time_grid(distill.time_g, distill.discrete_steps).to(draws.t_g.device)
+    above = torch.searchsorted(grid, draws.t_g).clamp(1, distill.discrete_steps)
+    t, t_next = grid[above], grid[above - 1]
+    x_t = diffuse(batch.latents, draws.eps_g, t)
+    with torch.no_grad():
+        teacher = trig_velocity(guided(roles.teacher, batch.condition, roles.negative, distill.guidance), x_t, t)
+        # x0 and noise stand still: Euler in rectified-flow time, the first order of DDIM.
+        ahead = over_sample((t - t_next).cos()) * x_t - over_sample((t - t_next).sin()) * teacher
+        target = denoised(ahead, t_next, trig_velocity(conditioned(roles.student, batch.condition), ahead, t_next))
+        # There x_t is x0; the velocity towards frames that are given would be 0 / 0.
+        target = torch.where(over_sample(t_next) == 0, ahead, target)
+
+    def run(rows: Tensor) -> Tensor:
+        return trig_velocity(conditioned(roles.student, batch.condition.rows(rows)), x_t[rows], t[rows])
+
+    out, rows = _finite_forward(run, len(t), roles)
+    metrics = _counters(out, rows, len(t))
+    if out is None:
+        return None, metrics
+    assert isinstance(out, Tensor)
+    ours = denoised(x_t[rows], t[rows], out.detach())
+    g = discrete_tangent(ours, target[rows], t=t[rows], t_next=t_next[rows])
+    usable = _agree(finite_samples(g), roles)
+    g, norm = normalize_tangent(torch.where(over_sample(usable), g, 0.0), distill.tangent_norm_constant)
+    ends: dict[str, Any] = dict(norm=norm, usable=usable, teacher=teacher[rows], metrics=metrics)
+    return _follow(out, g, **ends, config=config, count=len(t))
+
+
+def mean_flow_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:
+    """MeanFlow along the teacher's velocity: the student, told of an interval, is its average (arXiv 2505.13447, eq. 9, 10)."""
+    distill, draws = config.distill, batch.draws
+    assert draws.t_g is not None and draws.t_end is not None and draws.eps_g is not None, "draws of another phase"
+    s, end = rf_time(draws.t_g), rf_time(draws.t_end)
+    # Without finite latents there is no target; zeros stand in so that the forward stays finite.
+    known = finite_samples(batch.latents)
+    x_s = over_sample(1 - s) * torch.where(over_sample(known), batch.latents, 0.0) + over_sample(s) * draws.eps_g
+    with torch.no_grad():
+        velocity = guided(roles.teacher, batch.condition, roles.negative, distill.guidance)(x_s, s).double()
+    told = batch.condition._replace(end=end)
+
+    def run(rows: Tensor) -> MaybeDual:
+        x, time = Dual(x_s[rows], velocity[rows]), Dual(s[rows], torch.ones_like(s[rows]))
+        return Dual(*(half.double() for half in roles.student(x, time, told.rows(rows))))
+
+    out, rows = _finite_forward(run, len(s), roles)
+    metrics = _counters(out, rows, len(s))
+    if out is None:
+        return None, metrics
+    assert isinstance(out, Dual), "the student of a dual pass returns a Dual"
+    u, teacher = out.primal, velocity[rows]
+    error = average_velocity_error(u.detach(), out.tangent, teacher, s=s[rows], end=end[rows])
+    usable = _agree(finite_samples(error) & known[rows], roles)
+    g, norm = normalize_error(torch.where(over_sample(usable), error, 0.0), distill.tangent_norm_constant)
+    ends: dict[str, Any] = dict(norm=norm, usable=usable, teacher=teacher, metrics=metrics)
+    return _follow(u, g, **ends, config=config, count=len(s))
+
+
+def _follow(
+    out: Tensor,
+    g: Tensor,
+    *,
+    norm: Tensor,
+    usable: Tensor,
+    teacher: Tensor,
+    config: Config,
+    metrics: dict[str, Tensor],
+    count: int,
+) -> Outcome:
+    """The end of every consistency term: the loss whose gradient moves the output `out` along `g`, and what is logged."""
+    loss = consistency_loss(out, g).sum()
+    gap = (out.detach() - teacher).flatten(1).norm(dim=1)
     metrics |= {
         "loss_scm": loss.detach(),
         "g_norm": norm.sum(),
         "teacher_gap": torch.where(usable, gap, 0.0).sum(),
         "nonfinite_target": (~usable).sum(),
     }
-    return distill.scm_weight * loss / len(t), metrics
+    return config.distill.scm_weight * loss / count, metrics
+
+
+def _present(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 def distillation_step(batch: MicroBatch, roles: Roles, config: Config) -> Outcome:

@@ -20,7 +20,7 @@ DIRECTIONS = 4
 DIGIT_FEATURES = 32
 MOTION_FEATURES = 16
 
-_FORMAT = "digit-classifier-1"
+FORMAT = "digit-classifier-1"  # in the metadata of its files
 # Augmentation in training: without it some one per cent more of the held-out digits are misread.
 _NOISE = 0.05  # standard deviation, in pixel units
 _WARP = 0.1  # largest change of an entry of the affine map, half a canvas as the unit of length
@@ -84,7 +84,7 @@ class DigitClassifier(nn.Module):
         """Writes weights and feature statistics as safetensors."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         # Not save_file, whose files only their owner may read, whatever the umask.
-        Path(path).write_bytes(safetensors.torch.save(tensors, metadata={"format": _FORMAT}))
+        Path(path).write_bytes(safetensors.torch.save(tensors, metadata={"format": FORMAT}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DigitClassifier":
@@ -95,11 +95,11 @@ class DigitClassifier(nn.Module):
         classifier = cls()
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") != _FORMAT:
+                if (file.metadata() or {}).get("format") != FORMAT:
                     raise ValueError("its format is another")
                 classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path}: no {_FORMAT} file ({error}); train the classifier anew") from error
+            raise ValueError(f"{path}: no {FORMAT} file ({error}); train the classifier anew") from error
         return classifier.eval()
 
     @torch.no_grad()

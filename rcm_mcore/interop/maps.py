@@ -147,6 +147,11 @@ def hub_to_mcore(hub: Weights, model: ModelConfig) -> dict[str, Weight]:
 
 def mcore_to_hub(weights: Weights, model: ModelConfig) -> dict[str, Weight]:
     """Inverse of hub_to_mcore. Raises: ValueError for unmatched names and for tensors of another shape."""
+    if model.interval:
+        raise ValueError(
+            "model.interval=true: no other format has the interval embedding of a student of distill.method=meanflow, and no "
+            "other program its sampler; sample it with rcm_mcore.sample --sampler mean_flow"
+        )
     weights = select(weights, "student")
     meta = {name: torch.empty(size, device="meta") for name, size in expected_shapes(model).items()}
     expected = {name: weight.shape for name, weight in hub_to_mcore(meta, model).items()}

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import media
+from rcm_mcore.data.build import write_json
 from rcm_mcore.data.digits import DigitCodec
 from rcm_mcore.evaluation.report import write_gif
 from rcm_mcore.interop import MANIFEST
@@ -69,7 +71,7 @@ class SampleFolder:
         self._asked = {
             "request": asdict(request),
             "output": {k: v for k, v in asdict(output).items() if k != "folder"},
-            "checkpoint": {"path": str(path), "digest": _digest(path)},
+            "checkpoint": {"path": str(path), "digest": checkpoint_digest(path)},
             "given": {path: _sha256(Path(path)) for path in request.given.paths} if request.given else {},
         }
         self._asked = json.loads(json.dumps(self._asked))  # as it is read back
@@ -136,6 +138,14 @@ class SampleFolder:
         with safe_open(self._latents, "pt") as file:  # finished before, and a file was removed since
             return file.get_slice("latents")[draw.number]
 
+    def save_media(self, draw: Draw, pixels: np.ndarray) -> None:
+        """Write the file of a sample from pixels [F, H, W, 3]."""
+        media.write_media(self.file(draw), pixels, fps=self._output.fps)
+
+    def failed(self, draw: Draw, reason: str) -> None:
+        """Raises: ValueError. All are wanted."""
+        raise ValueError(f"sample {draw.number} ({draw.prompt!r}, seed {draw.seed}): {reason}")
+
     def finish(self, sampler: Sampler, *, seconds: float, sampled: int) -> None:
         """On rank 0, when every sample is there: everything about all of them. `seconds` went into `sampled` of them."""
         latents = torch.stack([self.load_part(draw) for draw in self.draws])
@@ -160,28 +170,12 @@ class SampleFolder:
 
     def _write_facts(self, sampler: Sampler, *, complete: bool, **timing: Any) -> None:
         """samples.json."""
-        request, mesh = self._request, sampler.mesh
-        on_gpu = mesh.device.type == "cuda"
-        steps = time_steps(request)
-        height, width = request.latent_shape[2:]
-        facts: dict[str, Any] = {
-            "complete": complete,
-            "evaluations": request.evaluations,
-            **timing,
-            **self._asked,
-            "model": asdict(sampler.model),
-            "times" if request.sampler == "few_step" else "sigmas": steps,
-            "noise": NOISE,
-            "mesh": {**asdict(mesh.config), "ranks": dist.get_world_size(), "dp": mesh.dp_size},
-            "device": torch.cuda.get_device_name(mesh.device) if on_gpu else "cpu",
-            "versions": {name: _version(name) for name in _PACKAGES},
-        }
+        height, width = self._request.latent_shape[2:]
+        facts = {"complete": complete, **timing, **self._asked, **facts_of(self._request, sampler)}
         if self._output.vae is not None:
             facts["video"] = {"frames": self._frames, "height": 8 * height, "width": 8 * width, "fps": self._output.fps}
         facts["samples"] = [self._facts_of(draw) for draw in self.draws]
-        partial = self.path / ".samples.json.partial"
-        partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        os.replace(partial, self.path / "samples.json")
+        write_json(self.path / "samples.json", facts)
 
     def _facts_of(self, draw: Draw) -> dict[str, Any]:
         facts: dict[str, Any] = asdict(draw)
@@ -193,13 +187,27 @@ class SampleFolder:
         return facts
 
 
+def facts_of(request: SampleRequest, sampler: Sampler) -> dict[str, Any]:
+    """How the samples of a request come to be, besides the request itself; JSON-able."""
+    mesh = sampler.mesh
+    return {
+        "evaluations": request.evaluations,
+        "model": asdict(sampler.model),
+        "times" if request.sampler == "few_step" else "sigmas": time_steps(request),
+        "noise": NOISE,
+        "mesh": {**asdict(mesh.config), "ranks": dist.get_world_size(), "dp": mesh.dp_size},
+        "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
 def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(safetensors.torch.save(tensors))  # not save_file, whose files only their owner may read
     os.replace(partial, path)
 
 
-def _digest(checkpoint: Path) -> str | None:
+def checkpoint_digest(checkpoint: Path) -> str | None:
     """SHA-256 of a checkpoint's manifest, a run's or a conversion's, which tells every file; none without a manifest."""
     manifest = next((file for name in ("manifest.json", MANIFEST) if (file := checkpoint / name).is_file()), None)
     return None if manifest is None else _sha256(manifest)

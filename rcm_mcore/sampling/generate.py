@@ -7,8 +7,9 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,11 +57,47 @@ def _check_text_encoder(folder: Path, model: ModelConfig) -> None:
 def generate(request: SampleRequest, output: Output) -> None:
     """Collective: sample a whole request into `output.folder`; what is there of the same request is kept (`SampleFolder`).
 
-    The ranks that work on one sample leave its decoding to one of them, in a thread with a CUDA stream of its own, while they
-    all sample the next. Raises ValueError as `check_output`, and what decoding or writing raised.
+    Raises ValueError as `check_output`, and what decoding or writing raised.
     """
     check_output(request, output, int(os.environ.get("WORLD_SIZE", "1")))
-    folder = SampleFolder(request, output)
+    fill(SampleFolder(request, output), request, output)
+
+
+class Folder(Protocol):
+    """What `fill` needs of a folder, on every rank unless rank 0 is named."""
+
+    path: Path
+    draws: list[Draw]
+    is_complete: bool
+
+    def begin(self, sampler: Sampler) -> None:
+        """On rank 0, first."""
+
+    def missing(self) -> tuple[list[Draw], list[Draw]]:
+        """On rank 0: samples to make, and those whose latents are kept and whose file is to be made."""
+
+    def save_part(self, draw: Draw, latents: Tensor) -> None:
+        """Keep the latents [C, F, H, W] of a sample, so that `load_part` finds them."""
+
+    def load_part(self, draw: Draw) -> Tensor:
+        """Of a sample of the second list of `missing`."""
+
+    def save_media(self, draw: Draw, pixels: np.ndarray) -> None:
+        """Write the file of a sample from pixels [F, H, W, 3]."""
+
+    def failed(self, draw: Draw, reason: str) -> None:
+        """Take note that there will be no such sample, or raise ValueError."""
+
+    def finish(self, sampler: Sampler, *, seconds: float, sampled: int) -> None:
+        """On rank 0, when everything is written."""
+
+
+def fill(folder: Folder, request: SampleRequest, output: Output) -> None:
+    """Collective: make what a folder lacks, with the sampler and the batches of a request.
+
+    The ranks that work on one sample leave its decoding to one of them, in a thread with a CUDA stream of its own, while they
+    all sample the next.
+    """
     if folder.is_complete:
         log.info("%s: all %d samples are there", folder.path, len(folder.draws))
         return
@@ -91,9 +128,9 @@ def generate(request: SampleRequest, output: Output) -> None:
 class Finisher:
     """What happens to the latents of a sample: kept, decoded, written. Called in one thread."""
 
-    def __init__(self, folder: SampleFolder, output: Output, device: torch.device) -> None:
+    def __init__(self, folder: Folder, output: Output, device: torch.device) -> None:
         """Loads the VAE, if there is one."""
-        self._folder, self._fps, self._device = folder, output.fps, device
+        self._folder, self._device = folder, device
         self._vae = None
         if output.vae is not None:
             self._vae = VideoVAE(output.vae, device=device, dtype=getattr(torch, output.vae_dtype), tiled=output.tiled)
@@ -106,16 +143,15 @@ class Finisher:
         if latents is None:
             latents = self._folder.load_part(draw)
         elif not latents.isfinite().all():
-            raise ValueError(
-                f"sample {draw.number} ({draw.prompt!r}, seed {draw.seed}): the network gave numbers that are not finite"
-            )
+            self._folder.failed(draw, "the network gave numbers that are not finite")
+            return
         else:
             self._folder.save_part(draw, latents)
         if self._vae is not None:
-            media.write_media(self._folder.file(draw), self._decode(self._vae, latents), fps=self._fps)
+            self._folder.save_media(draw, self._decode(self._vae, latents))
 
-    def _decode(self, vae: VideoVAE, latents: Tensor) -> Any:
-        """Pixels [F, H, W, 3], an array."""
+    def _decode(self, vae: VideoVAE, latents: Tensor) -> np.ndarray:
+        """Pixels [F, H, W, 3]."""
         with contextlib.ExitStack() as stack:
             if self._stream is not None:  # the current device is that of a thread
                 stack.enter_context(torch.cuda.device(self._device))

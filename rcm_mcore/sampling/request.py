@@ -12,7 +12,8 @@ from rcm_mcore.config import MeshConfig, ModelConfig, parse_model, tokens_per_sa
 from rcm_mcore.diffusion.samplers import few_step_times, shifted_sigmas
 from rcm_mcore.sampling.given import GivenFiles, check_given
 
-_MESH_FIELDS = ("tp", "sp", "cp", "cp_mode", "cp_inner", "pp")
+# Fields that change rounding alone: another mesh may continue a run.
+MESH_FIELDS = ("tp", "sp", "cp", "cp_mode", "cp_inner", "pp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class SamplerConfig:
     checkpoint: str
     text_encoder: str
     latent_shape: tuple[int, int, int, int]
-    sampler: Literal["few_step", "euler", "unipc"] = "few_step"
+    sampler: Literal["few_step", "mean_flow", "euler", "unipc"] = "few_step"
     steps: int = 4
     which: Which = "ema"
     guidance: float = 1.0
@@ -43,7 +44,7 @@ class SamplerConfig:
     @property
     def mesh(self) -> MeshConfig:
         """The mesh that the fields describe."""
-        return MeshConfig(**{name: getattr(self, name) for name in _MESH_FIELDS})
+        return MeshConfig(**{name: getattr(self, name) for name in MESH_FIELDS})
 
     @property
     def evaluations(self) -> int:
@@ -85,7 +86,13 @@ def check(config: SamplerConfig, world_size: int) -> ModelConfig:
     time_steps(config)
     if not math.isfinite(config.guidance):
         raise ValueError(f"--guidance {config.guidance}: must be a number")
-    if config.sampler == "few_step" and config.guidance != 1.0:
+    if model.interval != (config.sampler == "mean_flow"):
+        told = "is" if model.interval else "is not"
+        raise ValueError(
+            f"--sampler {config.sampler}: the network {told} a student of distill.method=meanflow; its sampler is "
+            + ("mean_flow" if model.interval else "few_step, euler or unipc")
+        )
+    if config.sampler in ("few_step", "mean_flow") and config.guidance != 1.0:
         raise ValueError(f"--guidance {config.guidance}: a distilled student is sampled without guidance; leave it at 1")
     if config.negative_prompt is not None and config.negative_embedding is not None:
         raise ValueError("--negative-prompt and --negative-embedding say the same thing: give one of them")
@@ -103,11 +110,11 @@ def check_request(request: SampleRequest, world_size: int) -> ModelConfig:
 
 
 def time_steps(config: SamplerConfig) -> list[float] | None:
-    """TrigFlow times of few_step or rectified-flow times of euler, the last 0; none for unipc, whose scheduler has its own.
+    """TrigFlow times of few_step and mean_flow, rectified-flow times of euler, the last 0; none for unipc, which has its own.
 
     Raises ValueError for steps or times that do not work.
     """
-    if config.sampler == "few_step":
+    if config.sampler in ("few_step", "mean_flow"):
         return few_step_times(config.steps, sigma_max=config.sigma_max, mid_times=config.mid_times)
     sigmas = shifted_sigmas(config.steps, config.shift)
     return sigmas if config.sampler == "euler" else None

@@ -17,7 +17,7 @@ from rcm_mcore.checkpoint import load_network
 from rcm_mcore.condition import Condition
 from rcm_mcore.config import resolve_mesh
 from rcm_mcore.data import load_embedding, pad_text
-from rcm_mcore.diffusion.samplers import TensorVelocity, sample_few_step, sample_ode
+from rcm_mcore.diffusion.samplers import sample_few_step, sample_mean_flow, sample_ode
 from rcm_mcore.diffusion.trigflow import Velocity
 from rcm_mcore.distill.roles import Network, guided
 from rcm_mcore.models import build_model
@@ -99,19 +99,28 @@ class Sampler:
         The encoder is loaded by the first call, on this rank's device and in the network's dtype (float32 for a wider one), and
         stays until `free_text_encoder`. Raises ValueError for a prompt longer than the network's text.
         """
-        from rcm_mcore.data.text import MAX_TOKENS, TextEncoder  # its tokenizer is not needed where text is encoded already
+        different = list(dict.fromkeys(prompts))
+        for prompt, reason in self.too_long(different).items():
+            raise ValueError(f"prompt {prompt[:60]!r} has {reason}")
+        rows = dict(zip(different, self._text_encoder().encode(different)))
+        return [rows[prompt] for prompt in prompts]
+
+    def too_long(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Of prompts with more tokens than the network takes, how many they have. Loads the encoder, as `encode` does."""
+        from rcm_mcore.data.text import MAX_TOKENS
+
+        most = min(self.model.text_len, MAX_TOKENS)  # the encoder would cut the others
+        reach = f"at most {most} reach the network (model.text_len={self.model.text_len})"
+        counts = zip(prompts, self._text_encoder().token_counts(prompts))
+        return {prompt: f"{tokens} tokens: {reach}" for prompt, tokens in counts if tokens > most}
+
+    def _text_encoder(self) -> TextEncoder:
+        from rcm_mcore.data.text import TextEncoder  # its tokenizer is not needed where text is encoded already
 
         if self._encoder is None:
             dtype = min(getattr(torch, self.model.dtype), torch.float32, key=lambda d: d.itemsize)
             self._encoder = TextEncoder(self.config.text_encoder, device=self.mesh.device, dtype=dtype)
-        different = list(dict.fromkeys(prompts))
-        most = min(self.model.text_len, MAX_TOKENS)  # the encoder would cut the others
-        for prompt, tokens in zip(different, self._encoder.token_counts(different)):
-            if tokens > most:
-                reach = f"at most {most} reach the network (model.text_len={self.model.text_len})"
-                raise ValueError(f"prompt {prompt[:60]!r} has {tokens} tokens: {reach}")
-        rows = dict(zip(different, self._encoder.encode(different)))
-        return [rows[prompt] for prompt in prompts]
+        return self._encoder
 
     def encode_given(self, files: Sequence[tuple[str, ...]], given: GivenFiles) -> dict[tuple[str, ...], Condition]:
         """What the network is told of the files of samples (`GivenFiles.of_prompt`): of each different entry the condition of
@@ -154,14 +163,15 @@ class Sampler:
             given: of `encode_given`, or the like: frames and images of networks that are told of some (`model.condition`); its
                 text is not looked at.
         """
-        velocity = self._velocity(rows, given)
+        condition = self._condition(rows, given)
         noises = self._noises(indices, [self.config.seed] * len(indices) if seeds is None else seeds)
         if not self._is_warm:  # the first call pays for allocations and compilation
-            velocity(noises[0], noises[0].new_full((len(indices),), 0.9))
+            s = noises[0].new_full((len(indices),), 0.9)
+            self._velocity(condition._replace(end=s) if self.model.interval else condition)(noises[0], s)
             self._is_warm = True
         self._synchronize()
         start = time.perf_counter()
-        latents = self._integrate(velocity, noises).float().cpu()
+        latents = self._integrate(condition, noises).float().cpu()
         self.seconds += time.perf_counter() - start
         return latents
 
@@ -182,13 +192,16 @@ class Sampler:
                 yield batch, self.latents(indices, rows[start : start + batch_size], seeds=seeds, given=shown)
                 bar.update(min(len(batch) * self.mesh.dp_size, len(draws) - bar.n))
 
-    def _velocity(self, rows: Sequence[Tensor], given: Condition | None) -> Velocity:
-        """The network under this condition: the only place where text reaches it."""
+    def _condition(self, rows: Sequence[Tensor], given: Condition | None) -> Condition:
+        """What the network is told, on its device."""
         padded = torch.stack([pad_text(r, self.model.text_len) for r in rows])
         condition = Condition(padded) if given is None else given.with_text(padded)
+        return condition.map(lambda value: value.to(self.mesh.device))
+
+    def _velocity(self, condition: Condition) -> Velocity:
+        """The network under this condition: the only place where text reaches it."""
         assert self._network is not None, "the sampler is closed"
-        negative = self._negative.to(self.mesh.device)
-        return guided(self._network, condition.map(lambda value: value.to(self.mesh.device)), negative, self.config.guidance)
+        return guided(self._network, condition, self._negative.to(self.mesh.device), self.config.guidance)
 
     def _noises(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Tensor]:
         """The start noise, and for the few-step sampler the fresh noise of each later step."""
@@ -197,10 +210,14 @@ class Sampler:
         draw = lambda k: [noise(f"sample-{k}", shape, seed=s, step=0, slots=[i]) for i, s in zip(indices, seeds, strict=True)]
         return [torch.cat(draw(k)).to(self.mesh.device) for k in range(count)]
 
-    def _integrate(self, velocity: TensorVelocity, noises: list[Tensor]) -> Tensor:
-        config = self.config
+    def _integrate(self, condition: Condition, noises: list[Tensor]) -> Tensor:
+        config, times = self.config, time_steps(self.config)
+        if config.sampler == "mean_flow":
+            assert times is not None, "mean_flow has times"
+            average = lambda x, s, end: self._velocity(condition._replace(end=end))(x, s)
+            return sample_mean_flow(average, noises[0], times)
+        velocity = self._velocity(condition)
         if config.sampler == "few_step":
-            times = time_steps(config)
             assert times is not None, "few_step has times"
             return sample_few_step(velocity, noises, times)
         *_, x = sample_ode(velocity, noises[0], steps=config.steps, shift=config.shift, solver=config.sampler)

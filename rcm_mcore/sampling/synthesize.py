@@ -18,12 +18,11 @@ from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.data import text
 from rcm_mcore.data.build import NEGATIVE_EMBEDDING, Outcome, ShardFolder, write_embedding
 from rcm_mcore.data.shards import BadSample, Sample, as_float32
-from rcm_mcore.sampling.request import SamplerConfig, check
+from rcm_mcore.sampling.request import MESH_FIELDS, SamplerConfig, check
 from rcm_mcore.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
-_MESH = ("tp", "sp", "cp", "cp_mode", "cp_inner", "pp")  # another mesh may continue a run
 _PACKAGES = ("torch", "megatron-core", "transformers", "ftfy")
 
 
@@ -47,7 +46,7 @@ class SynthesizeRequest(SamplerConfig):
 
     def arguments(self, lines: Sequence[str]) -> dict[str, Any]:
         """What the shards depend on, for `ShardFolder`: not the mesh and the batch, which change rounding alone."""
-        names = [field.name for field in fields(SamplerConfig) if field.name not in (*_MESH, "checkpoint")]
+        names = [field.name for field in fields(SamplerConfig) if field.name not in (*MESH_FIELDS, "checkpoint")]
         checkpoint = resolve(self.checkpoint)
         manifest = checkpoint / "manifest.json"
         return {

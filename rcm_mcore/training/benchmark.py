@@ -80,7 +80,9 @@ def schedule(config: Config, kinds: list[str], rollouts: list[int], repeats: int
     def steps(rollouts: list[int]) -> list[tuple[str, dict[str, Any]]]:
         of_kind = {
             "scm": [dict(kind="student", scm=True)],
-            "student": [dict(kind="student", scm=config.distill.method != "dmd", dmd=True, rollout_steps=n) for n in rollouts],
+            "student": [
+                dict(kind="student", scm=config.distill.consistency is not None, dmd=True, rollout_steps=n) for n in rollouts
+            ],
             "critic": [dict(kind="critic", rollout_steps=n) for n in rollouts],
         }
         return [(kind, fields) for kind in kinds for fields in of_kind[kind]]

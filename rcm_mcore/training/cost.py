@@ -112,10 +112,10 @@ def terms_of(config: Config, kind: str, rollout: float) -> list[list[_Pass]]:
     if kind == "critic":
         return [[_Pass(FORWARD, rollout), *trained]]
     terms = []
-    if kind == "scm" or config.distill.method != "dmd":
+    if kind == "scm" or config.distill.consistency is not None:
         dual = [_Pass(DUAL, 1, has_graph=True), _Pass(DUAL_BACKWARD, 1, has_graph=True)]
         terms.append([_Pass(FORWARD, 1, teacher), *dual])
-    if kind == "student" and config.distill.method != "scm":
+    if kind == "student" and config.distill.has_fake_score:
         again = config.mesh.pp > 1  # over stages the last evaluation runs once without its graph (training/pipeline.py)
         terms.append([_Pass(FORWARD, rollout - 1 + again + 1), _Pass(FORWARD, 1, teacher), *trained])
     return terms

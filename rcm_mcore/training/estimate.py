@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rcm_mcore.config import Config, MeshConfig, chunks_of_stages, microbatches_of_a_chunk, tokens_per_sample
+from rcm_mcore.config import Config, MeshConfig, ModelConfig, chunks_of_stages, microbatches_of_a_chunk, tokens_per_sample
 from rcm_mcore.interop import expected_shapes
 
 GIB = 2**30
@@ -66,7 +66,7 @@ def estimate(config: Config, world_size: int) -> Estimate:
     width = _WIDTHS[model.dtype]
     layers, embedders = _parameters(config)
     distill = train.objective == "distill"
-    trained = ["student", "fake_score"] if distill and config.distill.method != "scm" else ["student"]
+    trained = ["student", "fake_score"] if distill and config.distill.has_fake_score else ["student"]
     # An optimizer's shard: of the layers over data- and context-parallel ranks, of the embedders over stages too.
     shard = math.ceil(layers / (dp * mesh.cp)) + math.ceil(embedders / (dp * mesh.cp * mesh.pp))
     moments, masters = 4 * shard, 4 * shard if model.dtype == "bfloat16" else 0
@@ -111,7 +111,7 @@ def _activations(config: Config, microbatches: int) -> int:
     kept = chunks * layers * kept_of_a_layer(config, dual=False)
     backward = work.backward if model.recompute != "none" else work.backward - work.graph
     most = max(kept + unit * backward, (kept if mesh.pp == 1 else 0) + unit * teacher)
-    if distill and config.distill.method != "dmd":
+    if distill and config.distill.consistency is not None:
         kept = chunks * layers * kept_of_a_layer(config, dual=True)
         most = max(most, kept + unit * max(work.backward, work.dual))
     return round(most) + chunks * _kept_of_a_chunk(config) + _of_other_ranks(config, microbatches)
@@ -221,14 +221,23 @@ def _kept_of_a_chunk(config: Config) -> int:
     messages = 0 if mesh.pp == 1 else 1 if mesh.vpp == 1 else 2
     width = model.hidden_size
     weights = width * (7 * width + model.freq_dim) if model.family == "wan" else 4 * width * width
+    weights += interval_parameters(model)
     return messages * 2 * _rows(config) * width * _residual_width(config) + (4 * weights if model.dtype == "bfloat16" else 0)
+
+
+def interval_parameters(model: ModelConfig) -> int:
+    """Parameters of the interval embedding (`model.interval`), of which no released network tells the shapes."""
+    if not model.interval:
+        return 0
+    width = model.hidden_size
+    return width * (model.freq_dim + 1 + width + 1) if model.family == "wan" else 4 * width**2
 
 
 def _parameters(config: Config) -> tuple[int, int]:
     """Parameters of one network on a rank of the fullest stage: of layers, patches and head; of the embedders."""
     model, mesh = config.model, config.mesh
     stages = chunks_of_stages(model.num_layers, mesh.pp, mesh.vpp)
-    counts, embedders = [0] * mesh.pp, 0
+    counts, embedders = [0] * mesh.pp, interval_parameters(model)
     for name, shape in expected_shapes(model).items():
         size = math.prod(shape)
         if name.startswith("blocks."):

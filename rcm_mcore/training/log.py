@@ -6,11 +6,12 @@ Keys of a line, always all of them (null where the phase has none, and for what 
     step               optimizer steps done, from 1
     phase              pretrain, student or critic
     loss               what was minimised: the weighted sum of the terms below
-    loss_scm           consistency loss; about 100 (|g| / (|g| + c))^2 / 100 by construction, so it measures no progress
+    loss_scm           loss of the consistency term, (|g| / (|g| + c))^2 by construction (of meanflow (|g| / (|g|^2 + c))^2), so
+                       it measures no progress
     loss_dmd           score-distillation loss
     loss_critic        loss of the fake score
-    g_norm             mean |g| of the consistency tangent before normalisation
-    teacher_gap        mean |F - F_teacher|
+    g_norm             mean |g| of the consistency tangent before normalisation (losses.py; of meanflow of its error)
+    teacher_gap        mean |F - F_teacher|, of meanflow |u - v_teacher|
     dmd_weight         mean w = mean |x_G - x0_teacher|
     score_gap          mean |x0_fake - x0_teacher| at noised samples of the rollout; score distillation shrinks it
     grad_norm          of the trained network, before any clipping

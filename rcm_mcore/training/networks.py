@@ -12,10 +12,13 @@ from torch import nn
 
 from rcm_mcore.config import Config, ModelConfig
 from rcm_mcore.models import DiffusionTransformer, build_model
+from rcm_mcore.models.common.parameters import initialize
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.training.optim import NetworkOptimizer, make_optimizer
 from rcm_mcore.training.schedule import learning_rate
 from rcm_mcore.training.stopwatch import Stopwatch
+
+INTERVAL = "interval_embedding."  # names of what students of meanflow have beside the teacher's weights
 
 
 @dataclass
@@ -45,8 +48,14 @@ class Trained:
 
 
 def build_network(model: ModelConfig, mesh: Mesh, *, seed: int | None = None, trainable: bool) -> DiffusionTransformer:
-    """A network on this rank's device, whose weights are to be loaded unless there is a seed for them."""
-    return build_model(model, mesh.config, mesh.groups, seed=seed, trainable=trainable)
+    """A network on this rank's device, whose weights are to be loaded unless there is a seed for them.
+
+    What a teacher has no weights for is there already, and without effect.
+    """
+    net = build_model(model, mesh.config, mesh.groups, seed=seed, trainable=trainable)
+    if model.interval and seed is None:
+        initialize(net, net.initial_values, seed=0, group=mesh.groups.tp, only=INTERVAL)
+    return net
 
 
 def make_trained(

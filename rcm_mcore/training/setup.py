@@ -27,8 +27,8 @@ from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.common.fp8 import require_fp8
 from rcm_mcore.models.common.linears import parallel_linears
 from rcm_mcore.parallel.mesh import Mesh, init_distributed, make_mesh
-from rcm_mcore.training.estimate import estimate, refuse_what_cannot_fit
-from rcm_mcore.training.networks import Trained, build_network, make_trained
+from rcm_mcore.training.estimate import estimate, interval_parameters, refuse_what_cannot_fit
+from rcm_mcore.training.networks import INTERVAL, Trained, build_network, make_trained
 from rcm_mcore.training.offload import StreamedBlocks
 from rcm_mcore.training.preflight import Preflight, preflight, require_same
 from rcm_mcore.training.sheets import check_sheets
@@ -73,7 +73,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     negative(config)
     check_sheets(config)
     if config.train.objective == "distill":
-        check_teacher(config)
+        check_starts(config)
     with DataLoader(
         config=config.data,
         model=config.model,
@@ -158,13 +158,13 @@ def choose_attention(config: Config) -> dict[str, str]:
 
 def count_parameters(config: Config) -> int:
     """Parameters of one network of `config.model`."""
-    return sum(math.prod(s) for s in expected_shapes(config.model).values())
+    return sum(math.prod(s) for s in expected_shapes(config.model).values()) + interval_parameters(config.model)
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Size of one checkpoint: weights, float32 masters and second moments of each trained network, and the EMA."""
     width = {"bfloat16": 2, "float32": 4, "float64": 8}[config.model.dtype]
-    networks = 2 if config.train.objective == "distill" and config.distill.method != "scm" else 1
+    networks = 2 if config.train.objective == "distill" and config.distill.has_fake_score else 1
     ema = 4 if config.optim.ema_length is not None else 0
     return count_parameters(config) * (networks * (width + 8) + ema)
 
@@ -229,20 +229,22 @@ def negative(config: Config) -> Tensor:
     return rows[None]
 
 
-def check_teacher(config: Config) -> None:
-    """The teacher's checkpoint exists, holds the network asked for, and is of the architecture of `config.model`."""
-    teacher = config.distill.teacher
-    try:
-        saved = asdict(parse_model(model_of(teacher)))  # fields that came after it was written have their defaults
-        require_network(teacher, config.distill.teacher_weights)
-    except ValueError as error:
-        raise ValueError(
-            f"distill.teacher={teacher}, distill.teacher_weights={config.distill.teacher_weights}: {error}"
-        ) from None
-    ours = asdict(config.model)
-    for name, value in ours.items():
-        if name not in _EXECUTION and saved[name] != value:
-            raise ValueError(f"distill.teacher={teacher} has model.{name}={saved[name]}, this run has {value}")
+def check_starts(config: Config) -> None:
+    """The checkpoints that the teacher and the student start from exist, hold the network asked for, and fit `config.model`."""
+    distill = config.distill
+    starts = {"teacher": (distill.teacher, distill.teacher_weights)}
+    if distill.student:
+        starts["student"] = (distill.student, distill.student_weights)
+    for role, (path, which) in starts.items():
+        try:
+            saved = asdict(parse_model(model_of(path)))  # fields that came after it was written have their defaults
+            require_network(path, which)
+        except ValueError as error:
+            raise ValueError(f"distill.{role}={path}, distill.{role}_weights={which}: {error}") from None
+        ours = asdict(config.model) | ({"interval": False} if role == "teacher" else {})
+        for name, value in ours.items():
+            if name not in _EXECUTION and saved[name] != value:
+                raise ValueError(f"distill.{role}={path} has model.{name}={saved[name]}, this run has {value}")
 
 
 def set_up(config: Config) -> Run:
@@ -255,8 +257,12 @@ def set_up(config: Config) -> Run:
     folder = CheckpointFolder(config.checkpoint.dir, mesh.checkpoint_group)
     folder.lock_if_there()
     resume_from = folder.newest()
-    load_teacher = partial(load_network, path=config.distill.teacher, which=config.distill.teacher_weights)
-    networks, roles, trained = build_networks(config, mesh, resuming=resume_from is not None, load_teacher=load_teacher)
+    distill = config.distill
+    load_teacher = partial(load_network, path=distill.teacher, which=distill.teacher_weights, new=INTERVAL)
+    load_student = partial(load_network, path=distill.student, which=distill.student_weights) if distill.student else None
+    networks, roles, trained = build_networks(
+        config, mesh, resuming=resume_from is not None, load_teacher=load_teacher, load_student=load_student
+    )
     state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
     if resume_from is not None:
         state = read_state(resume_from, networks, config=config, mesh=mesh)
@@ -294,11 +300,17 @@ def make_loader(config: Config, mesh: Mesh, state: RunState) -> DataLoader:
 
 
 def build_networks(
-    config: Config, mesh: Mesh, *, resuming: bool = False, load_teacher: Callable[[DiffusionTransformer], object]
+    config: Config,
+    mesh: Mesh,
+    *,
+    resuming: bool = False,
+    load_teacher: Callable[[DiffusionTransformer], object],
+    load_student: Callable[[DiffusionTransformer], object] | None = None,
 ) -> tuple[list[Trained], Roles, dict[str, Trained]]:
     """Networks of the objective with their first weights; when resuming the trained ones are filled later.
 
-    `load_teacher` gives a network the teacher's weights, which the others start from too.
+    `load_teacher` gives a network the teacher's weights, which the others start from too, the student unless there is
+    `load_student`.
     """
     has_ema = config.optim.ema_length is not None
     steps, distill = config.train.steps, config.distill
@@ -312,17 +324,17 @@ def build_networks(
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)
-    teacher = build_network(config.model, mesh, trainable=False)
+    teacher = build_network(replace(config.model, interval=False), mesh, trainable=False)
     load_teacher(teacher)
     if "teacher" in config.train.offload:
         StreamedBlocks(list(teacher.blocks.values()))
     student_net = build_network(config.model, mesh, trainable=True)
     if not resuming:
-        load_teacher(student_net)
+        (load_student or load_teacher)(student_net)
     student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=student_steps, has_ema=has_ema)
     networks, trained = [student], {"student": student}
     fake_score: Any = teacher
-    if distill.method != "scm":
+    if distill.has_fake_score:
         fake_net = build_network(config.model, mesh, trainable=True)
         if not resuming:
             load_teacher(fake_net)

@@ -17,7 +17,7 @@ from rcm_mcore.config import MID_TIMES, Config
 from rcm_mcore.data import RankReaders, Sample
 from rcm_mcore.data.media import thumbnails_of, to_pixels, write_contact_sheet
 from rcm_mcore.data.vae import VideoVAE, find_vae
-from rcm_mcore.diffusion.samplers import few_step_times, sample_few_step, sample_ode
+from rcm_mcore.diffusion.samplers import few_step_times, sample_few_step, sample_mean_flow, sample_ode
 from rcm_mcore.distill.roles import conditioned, guided
 from rcm_mcore.parallel.mesh import Mesh
 from rcm_mcore.parallel.random import noise
@@ -110,10 +110,15 @@ class Sheets:
             velocity = guided(self._network, condition, self._negative, config.distill.guidance)
             *_, x = sample_ode(velocity, draw(0), steps=TEACHER_STEPS, shift=config.pretrain.time.shift)
             return [x[0].float().cpu()]
-        student, made = conditioned(self._network, condition), []
+        made = []
         for steps in self._steps:
             times = few_step_times(steps, mid_times=MID_TIMES[config.model.family])
-            made.append(sample_few_step(student, map(draw, range(steps)), times)[0].float().cpu())
+            if config.model.interval:
+                average = lambda x, s, end: self._network(x, s, condition._replace(end=end))
+                x = sample_mean_flow(average, draw(0), times)
+            else:
+                x = sample_few_step(conditioned(self._network, condition), map(draw, range(steps)), times)
+            made.append(x[0].float().cpu())
         return made
 
     def _on_rank_0(self, made: dict[int, Tensor]) -> Tensor | None:

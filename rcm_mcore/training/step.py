@@ -26,7 +26,9 @@ from rcm_mcore.distill.steps import (
     Roles,
     consistency_step,
     critic_step,
+    discrete_step,
     distillation_step,
+    mean_flow_step,
     pretrain_step,
 )
 from rcm_mcore.parallel.mesh import Mesh
@@ -77,10 +79,17 @@ def terms_of(phase: Phase, roles: Roles, config: Config) -> list[MicroBatchStep]
         return [partial(critic_step, roles=roles, config=config)]
     terms: list[MicroBatchStep] = []
     if phase.scm:
-        terms.append(partial(consistency_step, roles=roles, config=config, phase=phase))
+        terms.append(consistency_term(phase, roles, config))
     if phase.dmd:
         terms.append(partial(distillation_step, roles=roles, config=config))
     return terms
+
+
+def consistency_term(phase: Phase, roles: Roles, config: Config) -> MicroBatchStep:
+    """The term of config.distill.method that follows the teacher's trajectories."""
+    if config.distill.consistency == "scm":
+        return partial(consistency_step, roles=roles, config=config, phase=phase)
+    return partial(discrete_step if config.distill.consistency == "dcm" else mean_flow_step, roles=roles, config=config)
 
 
 def run_step(
@@ -230,6 +239,8 @@ def _microbatches(latents: Tensor, condition: Condition, draws: Draws, size: int
 _METRICS: dict[Any, tuple[str, ...]] = {
     pretrain_step: ("loss", "nonfinite_target"),
     consistency_step: ("loss_scm", "g_norm", "teacher_gap", "nonfinite_target"),
+    discrete_step: ("loss_scm", "g_norm", "teacher_gap", "nonfinite_target"),
+    mean_flow_step: ("loss_scm", "g_norm", "teacher_gap", "nonfinite_target"),
     distillation_step: ("loss_dmd", "dmd_weight", "score_gap", "nonfinite_target"),
     critic_step: ("loss_critic", "nonfinite_target"),
 }

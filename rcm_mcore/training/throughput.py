@@ -24,10 +24,11 @@ def model_flops(model: ModelConfig, tokens: int, *, tangent: bool = False) -> fl
     if model.family == "wan":
         context, rank = width, 0
         embedders = text * (model.text_dim * width + width**2) + image * (model.image_dim**2 + model.image_dim * width)
-        times = model.freq_dim * width + 7 * width**2
+        times, interval = model.freq_dim * width + 7 * width**2, model.freq_dim * width + width**2
     else:
         context, rank = model.text_dim, model.adaln_rank
-        embedders, times = 0, 4 * width**2 + 3 * rank * width
+        embedders, times, interval = 0, 4 * width**2 + 3 * rank * width, 4 * width**2
+    times += interval if model.interval else 0
     given = 2 * text * context * width + 2 * image * width**2  # keys and values of each layer
     carries = model.num_layers * (linears + cross_attention + 12 * rank * width) + patches + times
     once = model.num_layers * given + embedders
@@ -42,7 +43,8 @@ def flops_of_step(config: Config, phase: Phase) -> float:
     Forwards of a sample (backward: two more; teacher: two, one with guidance 1; N: steps of the rollout):
 
         pretrain              1 + backward
-        consistency           teacher + 1 dual + backward
+        sCM, MeanFlow         teacher + 1 dual + backward (by finite differences 3 instead of 1 dual)
+        dCM                   teacher + 2 + backward
         score distillation    N, the last with a graph, + 1 fake score + teacher + backward
         critic                N + 1 + backward
 
@@ -59,7 +61,9 @@ def flops_of_step(config: Config, phase: Phase) -> float:
     else:
         flops = 0.0
         if phase.scm:
-            flops += forward * (teacher + backward) + model_flops(config.model, tokens, tangent=True)
+            by_hand = 2 if config.distill.consistency == "dcm" else 3 if config.distill.tangent == "finite_difference" else 0
+            student = by_hand * forward if by_hand else model_flops(config.model, tokens, tangent=True)
+            flops += forward * (teacher + backward) + student
         if phase.dmd:
             flops += forward * (rollout + 1 + teacher + backward)
     return flops * config.train.global_batch_size

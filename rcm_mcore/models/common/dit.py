@@ -99,8 +99,11 @@ class DiffusionTransformer(MegatronModule):
         """Fill `full`, the whole of the parameter `name`, with the values that training from scratch begins with."""
         raise NotImplementedError
 
-    def embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """s [B] -> what the head and what the blocks see of it, [..., B, M] in the dtype of the islands."""
+    def embed_time(self, s: Tensor, *, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """s [B] -> what the head and what the blocks see of it, [..., B, M] in the dtype of the islands.
+
+        With `end` [B] (`Condition.end`) also of s - end, through a linear that begins at zero.
+        """
         raise NotImplementedError
 
     def embed_text(self, text: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ class DiffusionTransformer(MegatronModule):
         model, patch = self.model, self.model.patch_size
         frames, height, width = (n // p for n, p in zip(primal(x).shape[2:], patch))
 
-        e, e0 = rowwise(self.embed_time, s)
+        e, e0 = rowwise(partial(self.embed_time, end=condition.end), s)
         tokens = frames * height * width
         cos, sin = rotary_table((frames, height, width), model.head_dim, model.rope_ratios, primal(e0).dtype, primal(x).device)
         places = self._cp_rank_rows(cos), self._cp_rank_rows(sin)

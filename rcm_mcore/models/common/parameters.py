@@ -38,13 +38,17 @@ def full_shape(param: Tensor, group: dist.ProcessGroup) -> torch.Size:
 
 
 @torch.no_grad()
-def initialize(net: nn.Module, rule: Callable[[str, Tensor], None], *, seed: int, group: dist.ProcessGroup) -> None:
-    """Fill every parameter with values that depend on its name and `seed`, not on the mesh.
+def initialize(
+    net: nn.Module, rule: Callable[[str, Tensor], None], *, seed: int, group: dist.ProcessGroup, only: str = ""
+) -> None:
+    """Fill every parameter whose name begins with `only` with values that depend on its name and `seed`, not on the mesh.
 
     `rule(name, full)` fills a full float32 CPU tensor in place, drawing from torch's global CPU generator.
     """
     with torch.random.fork_rng(devices=[]):
         for name, param in net.named_parameters():
+            if not name.startswith(only):
+                continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             full = torch.empty(full_shape(param, group), dtype=torch.float32, device="cpu")

@@ -37,24 +37,36 @@ class CosmosModel(DiffusionTransformer):
         )
         self.time_norm = _Weight(width, config=config)
         self.mark_embedders(self.time_embedding, self.time_norm)
+        if model.interval:
+            of_interval = (Linear(width, n * width, config=config, bias=False) for n in (1, 3))
+            self.interval_embedding = nn.ModuleDict(dict(zip("12", of_interval)))
+            self.mark_embedders(self.interval_embedding)
         if self.post_process:
             self.head = _Head(model, config=config)
 
-    def embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_time(self, s: Tensor, *, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """s [B] -> twice [4, B, M]: the normalized sinusoid, and three parts that every AdaLN adds to its own.
 
         With given frames [4, 2, B, M], of s and of the time of these frames.
         """
+        interval = None if end is None else s - end
         if self.model.condition == "frames":
             s = torch.stack([s, torch.full_like(s, GIVEN_TIME)])
-        half = self.model.hidden_size // 2
-        freqs = torch.exp(torch.arange(half, dtype=torch.float64, device=s.device) * (-math.log(10000.0) / half))
-        angles = s.to(torch.float64)[..., None] * freqs
-        f = torch.cat([angles.cos(), angles.sin()], -1).to(ew.island_dtype(self.config.params_dtype))
-        shared = self.time_embedding["2"](F.silu(self.time_embedding["1"](f))).unflatten(-1, (3, -1)).movedim(-2, 0)
+        f = self._sinusoid(s)
+        shared = self.time_embedding["2"](F.silu(self.time_embedding["1"](f)))
+        if interval is not None:
+            shared = shared + self.interval_embedding["2"](F.silu(self.interval_embedding["1"](self._sinusoid(interval))))
+        shared = shared.unflatten(-1, (3, -1)).movedim(-2, 0)
         scale = torch.rsqrt(f.square().mean(-1, keepdim=True) + self.model.eps)
         time = torch.cat([(f * scale * self.time_norm.weight)[None], shared])
         return time, time
+
+    def _sinusoid(self, s: Tensor) -> Tensor:
+        """Times [..., B] -> [..., B, M]."""
+        half = self.model.hidden_size // 2
+        freqs = torch.exp(torch.arange(half, dtype=torch.float64, device=s.device) * (-math.log(10000.0) / half))
+        angles = s.to(torch.float64)[..., None] * freqs
+        return torch.cat([angles.cos(), angles.sin()], -1).to(ew.island_dtype(self.config.params_dtype))
 
     def embed_text(self, text: Tensor) -> Tensor:
         """text [B, X, text_dim] -> [X, B, text_dim] in the model's dtype."""
@@ -74,7 +86,7 @@ class CosmosModel(DiffusionTransformer):
 
     def initial_values(self, name: str, full: Tensor) -> None:
         """Normal linears of standard deviation 1/sqrt(width), norms of one; zero head and modulation, as adaLN begins."""
-        if name == "head.head.weight" or (".up." in name and "adaln" in name):
+        if name in ("head.head.weight", "interval_embedding.2.weight") or (".up." in name and "adaln" in name):
             full.zero_()
         elif full.ndim == 1:
             full.fill_(1.0)

@@ -34,6 +34,9 @@ class WanModel(DiffusionTransformer):
         self.time_embedding = _mlp(model.freq_dim, width, config=config)
         self.time_projection = nn.ModuleDict({"1": Linear(width, 6 * width, config=config)})
         self.mark_embedders(self.text_embedding, self.time_embedding, self.time_projection)
+        if model.interval:
+            self.interval_embedding = _mlp(model.freq_dim, width, config=config)
+            self.mark_embedders(self.interval_embedding)
         whole = [*self.text_embedding.parameters()]
         if model.image_tokens:
             self.img_emb = _ImageEmbedding(model, config=config)
@@ -45,8 +48,15 @@ class WanModel(DiffusionTransformer):
         if self.post_process:
             self.head = _Head(width, model.in_channels * patch, config=config)
 
-    def embed_time(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_time(self, s: Tensor, *, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """s [B] -> e [B, M] for the head, e0 [6, B, M] for the blocks; wide from the float64 sinusoid on."""
+        e = self._embed_number(s, self.time_embedding)
+        if end is not None:
+            e = e + self._embed_number(s - end, self.interval_embedding)
+        e0 = self.time_projection["1"](F.silu(e)).unflatten(-1, (6, -1)).transpose(0, 1)
+        return e, e0
+
+    def _embed_number(self, s: Tensor, mlp: nn.ModuleDict) -> Tensor:
         time = TIME_SCALE * s
         if self.model.bf16_time:
             time = time.to(torch.bfloat16)
@@ -54,9 +64,7 @@ class WanModel(DiffusionTransformer):
         freqs = torch.exp(torch.arange(half, dtype=torch.float64, device=time.device) * (-math.log(10000.0) / half))
         angles = time.to(torch.float64)[:, None] * freqs
         f = torch.cat([angles.cos(), angles.sin()], -1).to(ew.island_dtype(self.config.params_dtype))
-        e = self.time_embedding["2"](F.silu(self.time_embedding["0"](f)))
-        e0 = self.time_projection["1"](F.silu(e)).unflatten(-1, (6, -1)).transpose(0, 1)
-        return e, e0
+        return mlp["2"](F.silu(mlp["0"](f)))
 
     def embed_text(self, text: Tensor) -> Tensor:
         """text [B, X, text_dim] -> [X, B, M] in the model's dtype."""
@@ -84,11 +92,11 @@ class WanModel(DiffusionTransformer):
         """Wan's initialization (architectures.md A.1, item 8): Xavier linears, MLPs N(0, 0.02), a zero head."""
         if name.endswith("modulation"):
             full.normal_(std=self.model.hidden_size**-0.5)
-        elif name.endswith(("bias", "emb_pos")) or name == "head.head.weight":
+        elif name.endswith(("bias", "emb_pos")) or name in ("head.head.weight", "interval_embedding.2.weight"):
             full.zero_()
         elif full.ndim == 1:
             full.fill_(1.0)
-        elif name.startswith(("text_embedding", "time_embedding")):
+        elif name.startswith(("text_embedding", "time_embedding", "interval_embedding")):
             full.normal_(std=0.02)
         else:  # fused linears, each with its own fan-out
             parts = {"linear_qkv": 3, "linear_kv": 2, "linear_kv_img": 2}.get(name.split(".")[-2], 1)

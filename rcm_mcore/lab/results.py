@@ -1,0 +1,124 @@
+"""Results of runs as files, one a run, and what is made of them: tables with intervals over seeds, plots.
+
+    OUT/TASK/ROW/seed_N/result.json    {"row", "group", "seed", "facts": {...}, "by_steps": {"1": {measure: value}, ...}}
+    OUT/TASK/baselines.json            {label: [{measure: value} of each seed]}: real data, the teacher
+
+A file is there whole or not at all: a run that has one is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from rcm_mcore.evaluation.intervals import run_interval, runs_table
+
+RESULT = "result.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All or nothing."""
+    _write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As safetensors, all or nothing."""
+    _write(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def read_results(task: Path) -> list[dict[str, Any]]:
+    """Of every run of a task that has ended, by row and seed. Raises ValueError for a file that cannot be read."""
+    found = []
+    for path in sorted(task.glob(f"*/seed_*/{RESULT}")):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}): remove it, and its run is done again") from None
+    return found
+
+
+def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, list[Mapping[str, Any]]]:
+    """Row -> the measures of each seed at so many steps, of rows with two runs or more."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        if str(steps) in result["by_steps"]:
+            rows.setdefault(result["row"], []).append(result["by_steps"][str(steps)])
+    return {row: runs for row, runs in rows.items() if len(runs) > 1}
+
+
+def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str]) -> str:
+    """Markdown: a table for each group of rows, rows at 1, 2 and 4 steps below each other; baselines first.
+
+    `order`: names of rows; `groups`: of each, its group. Rows with one run have no interval and are left out, and named.
+    """
+    results = read_results(task)
+    baselines = task / "baselines.json"
+    of_baselines = json.loads(baselines.read_text(encoding="utf-8")) if baselines.exists() else {}
+    of_baselines = {label: [_exact(runs, run) for run in runs] for label, runs in of_baselines.items()}
+    text = []
+    for group in dict.fromkeys(groups[row] for row in order):
+        rows: dict[str, Sequence[Mapping[str, Any]]] = dict(of_baselines)
+        for steps in (1, 2, 4):
+            found = by_row(results, steps)
+            wanted = [row for row in order if row in found and (groups[row] == group or row == order[0])]
+            rows |= {f"{row}, {steps}": found[row] for row in wanted}
+        if len(rows) > len(of_baselines):
+            text.append(f"### {group[0].upper()}{group[1:]}\n\n{runs_table(rows, label='sampler, steps')}")
+    alone = {result["row"] for result in results} - set(by_row(results, 1))
+    if alone:
+        text.append(f"Of one run only, and so without an interval: {', '.join(sorted(alone))}.\n")
+    return "\n".join(text)
+
+
+def _exact(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that are the same in every run, which no interval belongs to, as text."""
+    same = {name for name, value in run.items() if all(other[name] == value for other in runs)}
+    return {name: f"{value:.3g}" if name in same and isinstance(value, float) else value for name, value in run.items()}
+
+
+def trade_off(task: Path, path: Path, *, quality: str, diversity: str, order: Sequence[str], title: str) -> None:
+    """A plot of one measure against another, a panel for each number of steps: means and intervals over seeds.
+
+    The baselines are crosses. Needs matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    results = read_results(task)
+    baselines = json.loads((task / "baselines.json").read_text(encoding="utf-8"))
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharex=True, sharey=True)
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for panel, steps in zip(panels, (1, 2, 4)):
+        found = by_row(results, steps)
+        for i, row in enumerate(order):
+            if row not in found:
+                continue
+            x, y = (run_interval([run[name] for run in found[row]]) for name in (diversity, quality))
+            bars = dict(xerr=x.half_width, yerr=y.half_width, fmt="o", capsize=2, color=colours[i % len(colours)])
+            panel.errorbar(x.mean, y.mean, label=row, **bars)
+        for label, runs in baselines.items():
+            panel.plot(runs[0][diversity], runs[0][quality], "kx")
+            panel.annotate(label, (runs[0][diversity], runs[0][quality]), fontsize=7, textcoords="offset points", xytext=(4, 4))
+        panel.set_title(f"{steps} step{'s' * (steps > 1)}")
+        panel.set_xlabel(diversity)
+    panels[0].set_ylabel(quality)
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

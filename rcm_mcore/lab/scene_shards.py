@@ -1,0 +1,157 @@
+"""Shards of latents of scenes, for training: rendered, encoded and written by several processes, restartable (data/build.py).
+
+OUT/shard_*.tar, OUT/dataset.json      of scenes without held-out combinations
+OUT/text_encoder/                      tokenizer and encoder (scene_text.py)
+OUT/negative_embedding.safetensors     of the empty prompt
+"""
+
+import copy
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rcm_mcore.data.build import NEGATIVE_EMBEDDING, Outcome, ShardFolder, write_embedding
+from rcm_mcore.data.shards import Sample
+from rcm_mcore.data.text import TextEncoder
+from rcm_mcore.lab.scene_text import build_scene_text_encoder
+from rcm_mcore.lab.scenes import draw_scenes, prompt_of, render
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODER = "text_encoder"
+_FILES = (NEGATIVE_EMBEDDING, f"{TEXT_ENCODER}/spiece.model", f"{TEXT_ENCODER}/model.safetensors")
+_PACKAGES = ("torch", "transformers", "sentencepiece", "scikit-learn", "pillow", "numpy")
+
+
+class Codec(Protocol):
+    """A module with a method that gives latents [n, C, F, H, W] of videos [n, 3, 17, 64, 64] in [0, 1]."""
+
+    def encode(self, videos: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    folder: ShardFolder
+    codec: nn.Module
+    seed: int
+    device: str
+    dtype: torch.dtype
+    processes: int
+    show: bool
+
+
+def write_dataset(
+    out: str | os.PathLike[str],
+    codec: nn.Module,
+    *,
+    count: int,
+    seed: int,
+    samples_per_shard: int = 256,
+    processes: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Writes the data set, or what an interrupted run left of it, and returns the manifest. Each shard has scenes of its own
+    seed, so that any number of processes writes the same.
+
+    Args:
+        out: a folder that is missing, empty, or was begun with the same arguments.
+        codec: with a method `encode` (``Codec``); for several processes it must be picklable.
+        count: of samples.
+        seed: of scenes and text encoder.
+        processes: which render, encode and write, all on `device`.
+        device: of renderer, codec and text encoder.
+        dtype: of the tensors in the shards.
+        show: a progress bar, of the first process.
+    Raises: ValueError for a count or number of processes below 1, a codec that cannot encode, another folder; OSError.
+    """
+    if count < 1 or processes < 1:
+        raise ValueError(f"count={count}, processes={processes}: both must be at least 1")
+    if not isinstance(codec, nn.Module) or not callable(getattr(codec, "encode", None)):
+        raise ValueError(f"codec is a {type(codec).__name__}: must be a torch module with a method encode")
+    root = Path(out)
+    arguments = {
+        "dataset": "scenes",
+        "count": count,
+        "seed": seed,
+        "codec_sha256": _digest(codec),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    folder = ShardFolder(root, arguments=arguments, items=count, samples_per_shard=samples_per_shard, files=_FILES)
+    manifest = folder.complete()
+    if manifest is not None:
+        logger.info("%s is complete: nothing to do", root)
+        return manifest
+    folder.begin()
+    _write_text_encoder(root, seed)
+    processes = min(processes, len(folder.pending(0, 1)) or 1)
+    # On the CPU while it travels: a GPU's memory is not to be shared between processes.
+    still = copy.deepcopy(codec).cpu().eval()
+    job = _Job(folder=folder, codec=still, seed=seed, device=str(device), dtype=dtype, processes=processes, show=show)
+    if processes == 1:
+        _write_rank(0, job)
+    else:
+        torch.multiprocessing.spawn(_write_alone, (job,), nprocs=processes)
+    manifest = folder.finish(versions={package: version(package) for package in _PACKAGES})
+    assert manifest is not None, f"{root}: every process ended, and blocks are missing"
+    return manifest
+
+
+def _write_text_encoder(root: Path, seed: int) -> None:
+    """Text encoder and negative embedding, unless they are there."""
+    if all((root / name).is_file() for name in _FILES):
+        return
+    shutil.rmtree(root / TEXT_ENCODER, ignore_errors=True)  # a tokenizer that is half there would be taken for the new one
+    build_scene_text_encoder(root / TEXT_ENCODER, seed=seed)
+    (embed,) = TextEncoder(root / TEXT_ENCODER).encode([""])
+    write_embedding(root / NEGATIVE_EMBEDDING, embed)
+
+
+def _write_alone(rank: int, job: _Job) -> None:
+    """One of several processes."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
+    _write_rank(rank, job)
+
+
+def _write_rank(rank: int, job: _Job) -> None:
+    blocks = job.folder.pending(rank, job.processes)
+    items = sum(len(job.folder.items_of(block)) for block in blocks)
+    label = f"scenes, process {rank + 1} of {job.processes}"
+    job.folder.write_all(_outcomes(blocks, job), items=items, label=label, show=job.show and rank == 0)
+
+
+@torch.no_grad()
+def _outcomes(blocks: list[int], job: _Job) -> Iterator[Outcome]:
+    """The samples of these blocks, in order."""
+    codec: Any = job.codec.to(job.device)
+    text = TextEncoder(job.folder.root / TEXT_ENCODER, device=job.device)
+    for block in blocks:
+        items = job.folder.items_of(block)
+        scenes = draw_scenes(len(items), (job.seed, block))
+        prompts = prompt_of(scenes)
+        latents = codec.encode(render(scenes, job.device)).to(job.dtype).cpu()
+        rows = text.encode(prompts, batch_size=len(prompts))
+        for index, latent, embed, prompt in zip(items, latents, rows, prompts):
+            yield Outcome(index, prompt, Sample(latent=latent.clone(), embed=embed.to(job.dtype), prompt=prompt))
+
+
+def _digest(codec: nn.Module) -> str:
+    """SHA-256 of the codec's weights, names and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(codec.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,109 @@
+"""The laboratory's command line, its rows and its tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rcm_mcore.config import parse_config
+from rcm_mcore.lab import results, rows
+from rcm_mcore.lab.plane import make_config
+from rcm_mcore.lab.plane_task import scaled
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lab(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "lab.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_every_row_is_a_configuration():
+    for row in rows.ROWS:
+        row = rows.with_warmup(row, 100)
+        assert row.distill.get("tangent_warmup", 25) == 25
+        for fields in row.plan:
+            assert make_config(**scaled(fields)).distill.method == fields["method"]
+    assert len({row.slug for row in rows.ROWS}) == len(rows.ROWS)
+
+
+def test_the_weights_of_the_score_term():
+    """lambda = dmd_weight / scm_weight; rCM's own is the paper's 0.01."""
+    for name, weight in (("rCM", 0.01), ("rCM, lambda 1", 1.0), ("rCM, lambda 0.1", 0.1), ("rCM, lambda 0.001", 0.001)):
+        tree = {
+            "model": {"size": "tiny"},
+            "data": {"shards": "x.tar", "latent_shape": [32, 2, 4, 4]},
+            "checkpoint": {"dir": "x"},
+        }
+        tree["train"] = {"objective": "distill", "steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+        distill = parse_config({**tree, "distill": {"teacher": "t", **rows.BY_NAME[name].distill}}).distill
+        assert distill.dmd_weight / distill.scm_weight == pytest.approx(weight)
+
+
+def test_rows_by_name_and_group():
+    assert [row.name for row in rows.find(["sCM", "tangent"])] == ["sCM", "rCM, finite differences", "sCM, finite differences"]
+    assert len(rows.find(None)) == len(rows.ROWS)
+    with pytest.raises(ValueError, match=r"--rows \['xCM'\]: there are rCM, sCM"):
+        rows.find(["sCM", "xCM"])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A rehearsal in the plane, interrupted and gone on with."""
+    out = tmp_path_factory.mktemp("lab")
+    first = lab("plane", "--quick", "--rows", "sCM", "--seeds", 2, "--jobs", 1, "--out", out)
+    assert first.returncode == 0, first.stderr
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    second = lab("plane", "--quick", "--rows", "sCM", "MeanFlow", "--seeds", 2, "--jobs", 2, "--out", out)
+    assert second.returncode == 0, second.stderr
+    return out, before
+
+
+def test_what_is_there_is_not_done_again(study):
+    out, before = study
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert len(before) == 2 and len(after) == 4 and before.items() <= after.items()
+
+
+def test_the_report(study):
+    out, _ = study
+    done = lab("report", "plane", "--quick", "--out", out)
+    assert done.returncode == 0, done.stderr
+    text = (out / "report" / "plane.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| sCM, 1 ")]
+    found = [json.loads(path.read_text()) for path in (out / "plane_quick" / "sCM").rglob("result.json")]
+    mean = sum(result["by_steps"]["1"]["outside"] for result in found) / 2
+    column = next(line for line in text.splitlines() if line.startswith("| sampler")).split("|").index(" outside ")
+    value, half_width = map(float, lines[0].split("|")[column].split("±"))
+    assert abs(value - mean) <= half_width / 20 + 1e-12
+    for name in ("plane.png", "plane_trade_off.png"):
+        assert (out / "report" / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("plane", "--rows", "xCM"), r"--rows ['xCM']: there are rCM"),
+        (("plane", "--rows", "time embedding"), "the networks of the plane have no time embedding"),
+        (("plane", "--seeds", "0"), "--seeds 0"),
+        (("report", "plane"), "holds no results: run `python tools/lab.py plane` first"),
+    ],
+)
+def test_what_makes_no_sense(tmp_path, arguments, message):
+    done = lab(*arguments, "--out", tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_name_what_has_one_run(tmp_path):
+    for row, seeds in (("rCM", 2), ("sCM", 1)):
+        for seed in range(seeds):
+            found = {"row": row, "group": "methods", "seed": seed, "facts": {}, "by_steps": {"1": {"quality": seed + 1.0}}}
+            results.write_json(tmp_path / row / f"seed_{seed}" / "result.json", found)
+    text = results.tables(tmp_path, order=["rCM", "sCM"], groups={"rCM": "methods", "sCM": "methods"})
+    assert "| rCM, 1 | 1.5 ± 6.4 |" in text and "| sCM" not in text and "one run only, and so without an interval: sCM" in text
+    (tmp_path / "rCM" / "seed_0" / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"seed_0/result.json cannot be read"):
+        results.read_results(tmp_path)

@@ -1,0 +1,151 @@
+"""The quality laboratory: every method of distillation from the same teacher and data, measured and pictured (docs/quality).
+
+    python tools/lab.py plane                     # eight modes in the plane, exact distributions: 25 minutes of a core
+    python tools/lab.py digits                    # moving digits: an hour on two cores
+    python tools/lab.py scenes --jobs 3           # rendered scenes with captions: one GPU
+    python tools/lab.py digits --rows rCM sCM --seeds 3 --jobs 2
+    python tools/lab.py report plane digits       # tables and pictures of what is there
+
+A row is a student of the study (rcm_mcore/lab/rows.py) or a group of them; each is trained once a seed, and a run that has a
+result is not done again, so that an interrupted study goes on when it is started again. --quick is a rehearsal: tiny runs
+whose numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+TASKS = ("plane", "digits", "scenes")
+
+
+def task_of(name: str):
+    """The module of a task; imported late, so that --help and mistakes are quick."""
+    if name == "plane":
+        from rcm_mcore.lab import plane_task
+
+        return plane_task
+    from rcm_mcore.lab import digits_task, scene_task
+
+    return {"digits": digits_task, "scenes": scene_task}[name]
+
+
+def rows_of(task: str, names: list[str] | None):
+    """The rows asked for that a task has; ValueError for names that are none."""
+    from rcm_mcore.lab.rows import find
+
+    rows = [row for row in find(names) if task != "plane" or not row.has_time_embedding]
+    if not rows:
+        raise ValueError(f"--rows {names}: the networks of the plane have no time embedding to round")
+    return rows
+
+
+def folder(out: Path, task: str, quick: bool) -> Path:
+    """Where a task's results lie; a rehearsal's apart."""
+    return out / (f"{task}_quick" if quick else task)
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Prepare a task, then every run that has no result, `--jobs` at a time; returns how many have failed."""
+    from rcm_mcore.lab.results import RESULT
+
+    root, task = folder(args.out, args.command, args.quick), task_of(args.command)
+    rows = rows_of(args.command, args.rows)
+    task.prepare(root, quick=args.quick)
+    if not (root / "baselines.json").exists():
+        task.baselines(root, seeds=args.seeds, quick=args.quick)
+    runs = [(row, seed) for seed in range(args.seeds) for row in rows]
+    left = [(row, seed) for row, seed in runs if not (root / row.slug / f"seed_{seed}" / RESULT).exists()]
+    failed = 0
+    # Spawned, because torch and its threads do not survive a fork.
+    pool = ProcessPoolExecutor(
+        min(args.jobs, max(1, len(left))), mp_context=multiprocessing.get_context("spawn"), initializer=quiet
+    )
+    with pool, tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", dynamic_ncols=True) as bar:
+        started = {
+            pool.submit(task.run, row, seed, root / row.slug / f"seed_{seed}", quick=args.quick): f"{row.name}, seed {seed}"
+            for row, seed in left
+        }
+        for run in as_completed(started):
+            if error := run.exception():
+                failed += 1
+                bar.write(f"failed: {started[run]}: {error}")
+            bar.update()
+    return failed
+
+
+def quiet() -> None:
+    """Of a process that runs: one thread, no repeated notes of megatron's about what is not installed."""
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def report(args: argparse.Namespace) -> None:
+    """OUT/report/TASK.md with its pictures, of the results that are there."""
+    from rcm_mcore.lab.results import tables, trade_off
+    from rcm_mcore.lab.rows import METHODS
+
+    target = args.out / "report"
+    for name in args.tasks:
+        root = folder(args.out, name, args.quick)
+        if not (root / "baselines.json").exists():
+            raise ValueError(f"{root} holds no results: run `python tools/lab.py {name}` first")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in args.tasks:
+        root, task, rows = folder(args.out, name, args.quick), task_of(name), rows_of(name, None)
+        order, groups = [row.name for row in rows], {row.name: row.group for row in rows}
+        text = tables(root, order=order, groups=groups)
+        methods = [row.name for row in rows if row.group == METHODS]
+        measures = dict(quality=task.QUALITY, diversity=task.DIVERSITY)
+        trade_off(root, target / f"{name}_trade_off.png", **measures, order=order, title=name)
+        task.picture(root, target / f"{name}.png", methods)
+        pictures = f"![samples]({name}.png)\n\n![quality and diversity]({name}_trade_off.png)\n"
+        (target / f"{name}.md").write_text(f"{text}\n{pictures}", encoding="utf-8")
+        print(f"{target / name}.md")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in TASKS:
+        command = commands.add_parser(name, help=f"train and measure the students of {name}")
+        command.add_argument("--rows", nargs="+", help="names of rows or groups; default all")
+        command.add_argument("--seeds", type=int, default=3, help="runs of each row; intervals need 2 (default %(default)s)")
+        command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: cores)")
+    command = commands.add_parser("report", help="tables and pictures")
+    command.add_argument("tasks", nargs="+", choices=TASKS)
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder (default %(default)s)")
+        command.add_argument("--quick", action="store_true", help="a rehearsal: tiny runs in a folder of their own")
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        if args.command == "report":
+            report(args)
+            return 0
+        if min(args.seeds, args.jobs) < 1:
+            raise ValueError(f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1")
+        return 1 if run_all(args) else 0
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    # Of the processes that run: one thread, and no bars beside this one.
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
+    sys.exit(main())
