@@ -11,7 +11,7 @@ import pytest
 import torch
 from launch import torchrun
 
-from rcm_mcore.config import ModelConfig
+from rcm_mcore.config import DistillConfig, ModelConfig
 from rcm_mcore.distill import steps
 from rcm_mcore.distill.losses import consistency_tangent
 from rcm_mcore.distill.tangent_error import compare, cosine, differences, emulated, error, make_problem, run
@@ -147,7 +147,7 @@ def test_point_direction_and_g_are_those_of_a_consistency_step(build, monkeypatc
     )
     draws = SimpleNamespace(t_g=t, eps_g=problem.x_t / sin)
     batch = SimpleNamespace(latents=torch.zeros_like(problem.x_t), condition=problem.condition, draws=draws)
-    distill = SimpleNamespace(guidance=1.0, scale_tangent=True, tangent_norm_constant=0.1, scm_weight=1.0)
+    distill = DistillConfig(teacher="unused", guidance=1.0)
     steps.consistency_step(batch, roles, SimpleNamespace(distill=distill), SimpleNamespace(warmup=1.0))
     assert error(run(net, problem).g(problem), found[0]) < 1e-12
 

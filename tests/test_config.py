@@ -356,7 +356,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.mark.parametrize("path", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml")))
 def test_examples_are_sound(path):
-    world = 2 if path.startswith("digits") else 8
+    world = {"digits": 2, "scenes": 1}.get(Path(path).parts[0], 8)
     config = load_config(EXAMPLES / path)
     tokens = tokens_per_sample(config.model, config.data.latent_shape)
     dp = validate_mesh(config.model, config.mesh, world, tokens=tokens)
