@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 
 import av
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from components import PROMPTS, VIDEO_MODEL, tiny_checkpoint, tiny_pipeline, tiny_vae
-from launch import run_ranks
+from launch import environment, run_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -193,6 +195,21 @@ def test_two_ranks_write_the_same(runs):
 def request(**fields):
     needed = dict(checkpoint="c", text_encoder="t", latent_shape=(4, 2, 4, 4), prompts=("a", "b"))
     return SampleRequest(**{**needed, **fields})
+
+
+def test_samplers_leave_nothing_behind(parts):
+    """A mesh's groups poll in dozens of threads."""
+    code = f"""
+import os, torch.distributed as dist
+from rcm_mcore.sampling import SampleRequest, sample
+request = SampleRequest(checkpoint={str(parts / "checkpoint")!r}, which="student", prompts=("a red fox",), steps=1,
+                        text_encoder={str(parts / "pipeline")!r}, latent_shape=(16, 1, 4, 4))
+counts = [len(os.listdir("/proc/self/task")) for _ in range(3) if sample(request).seconds > 0]
+assert not dist.is_initialized()
+assert counts[1] == counts[2], counts
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_draws():

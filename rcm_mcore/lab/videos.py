@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from rcm_mcore.evaluation import metrics
 from rcm_mcore.evaluation.temporal import temporal_consistency, wasserstein
 from rcm_mcore.lab.results import RESULT, write_json, write_tensors
 from rcm_mcore.lab.rows import Row, with_warmup
-from rcm_mcore.sampling import SampleRequest, SampleResult, sample
+from rcm_mcore.sampling import SampleRequest, sample
 
 STEPS = (1, 2, 4)
 
@@ -115,16 +114,6 @@ def train_student(task: VideoTask, row: Row, seed: int, out: Path, *, updates: i
     return before
 
 
-def sampled(request: SampleRequest) -> SampleResult:
-    """`sample` in a process group that lives no longer: the groups of a mesh keep threads that poll, some sixty a mesh."""
-    fresh = not dist.is_initialized()
-    try:
-        return sample(request)
-    finally:
-        if fresh and dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def run(task: VideoTask, judge: Judge, row: Row, seed: int, out: Path, *, updates: int) -> dict[str, Any]:
     """Train, sample and judge one student; result.json, samples.safetensors and, as a checkpoint of its own, student/ in `out`.
 
@@ -134,7 +123,7 @@ def run(task: VideoTask, judge: Judge, row: Row, seed: int, out: Path, *, update
     sampler = "mean_flow" if row.model.get("interval") else "few_step"
     by_steps, shown = {}, {}
     for steps in STEPS:
-        made = sampled(task.request(trained, which="ema", steps=steps, seed=seed, sampler=sampler, **task.student))
+        made = sample(task.request(trained, which="ema", steps=steps, seed=seed, sampler=sampler, **task.student))
         cost = {"evaluations": made.evaluations, "s/video": made.seconds / len(made.latents)}
         by_steps[str(steps)] = {**cost, **judge.measures(made.latents, task.prompts)}
         shown[str(steps)] = made.latents[sheet_rows(len(task.prompts))].contiguous()
@@ -163,7 +152,7 @@ def baselines(task: VideoTask, judge: Judge, real: Sequence[Tensor], *, seeds: i
         label, runs = f"teacher, Euler {steps}", []
         for seed in range(seeds):
             euler = dict(which="student", steps=steps, sampler="euler", **task.teacher)
-            made = sampled(task.request(task.root / "teacher", seed=seed, **euler))
+            made = sample(task.request(task.root / "teacher", seed=seed, **euler))
             cost = {"evaluations": made.evaluations, "s/video": made.seconds / len(made.latents)}
             runs.append({**cost, **judge.measures(made.latents, task.prompts)})
             shown.setdefault(label, made.latents[sheet_rows(len(task.prompts))].contiguous())

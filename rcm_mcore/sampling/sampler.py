@@ -57,6 +57,8 @@ class Sampler:
         self.config = config
         self.model = check(config, int(os.environ.get("WORLD_SIZE", "1")))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # A process group of this sampler's own, which it leaves again. torchrun's can be joined only once.
+        self._joined = not dist.is_initialized() and "RANK" not in os.environ
         resolved, self.context_parallelism = resolve_mesh(self.model, config.mesh, ranks_per_node=local)
         self.mesh = make_mesh(resolved)
         self.seconds = 0.0  # in the samplers, the first forward apart
@@ -69,7 +71,7 @@ class Sampler:
             self._network = as_function(net, self.mesh)
             self._negative = self._load_negative()
         except BaseException:
-            destroy_mesh()
+            self._leave()
             raise
 
     def __enter__(self) -> Sampler:
@@ -79,10 +81,16 @@ class Sampler:
         self.close()
 
     def close(self) -> None:
-        """Forget network and mesh; the default process group stays."""
+        """Forget network and mesh; without torchrun, leave the default process group if there was none before."""
         self.free_text_encoder()
         self._network = None
+        self._leave()
+
+    def _leave(self) -> None:
+        """Groups that are only forgotten keep their threads, some sixty a mesh, which poll."""
         destroy_mesh()
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
 
     def _load_negative(self) -> Tensor:
         """Text of the unconditional branch [1, X, text_dim]."""
