@@ -42,6 +42,17 @@ def test_the_weights_of_the_score_term():
         assert distill.dmd_weight / distill.scm_weight == pytest.approx(weight)
 
 
+def test_logs_of_stages(tmp_path):
+    row = rows.BY_NAME["dCM, sCM, rCM in turn"]
+    for stage in (2, 1, 3):
+        results.write_lines(tmp_path / row.slug / "seed_0" / f"stage_{stage}" / "log.jsonl", [{"loss_scm": 0.5}])
+    found = results.logs(tmp_path, [rows.BY_NAME["rCM"], row])
+    assert {title: log.parent.name for title, log in found.items()} == {
+        f"{row.name}, stage {i}": f"stage_{i}" for i in (1, 2, 3)
+    }
+    assert json.loads(found[f"{row.name}, stage 1"].read_text()) == {"step": 1, "loss_scm": 0.5}
+
+
 def test_rows_by_name_and_group():
     assert [row.name for row in rows.find(["sCM", "tangent"])] == ["sCM", "rCM, finite differences", "sCM, finite differences"]
     assert len(rows.find(None)) == len(rows.ROWS)
@@ -78,7 +89,9 @@ def test_the_report(study):
     column = next(line for line in text.splitlines() if line.startswith("| sampler")).split("|").index(" outside ")
     value, half_width = map(float, lines[0].split("|")[column].split("±"))
     assert abs(value - mean) <= half_width / 20 + 1e-12
-    for name in ("plane.png", "plane_trade_off.png"):
+    logs = results.logs(out / "plane_quick", rows.ROWS)
+    assert list(logs) == ["sCM", "MeanFlow"] and [len(log.read_text().splitlines()) for log in logs.values()] == [60, 60]
+    for name in ("plane.png", "plane_trade_off.png", "plane_curves.png"):
         assert (out / "report" / name).stat().st_size > 5000
 
 

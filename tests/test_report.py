@@ -99,13 +99,19 @@ def test_training_curves_read_logs_with_holes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_curves_get_a_running_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
+    drawn, titles = [], set()
     plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: drawn.append((list(x), list(y))) or plot(self, x, y, **k))
+
+    def record(self, x, y, **kwargs):
+        titles.add(self.get_title())
+        drawn.append((list(x), list(y)))
+        return plot(self, x, y, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", record)
     rows = [{"step": step, "loss": float(step % 2)} for step in range(100)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    training_curves([tmp_path / "log.jsonl"], tmp_path / "curves.png")
-    assert [len(x) for x, _ in drawn] == [100, 99]
+    training_curves({"named": tmp_path / "log.jsonl"}, tmp_path / "curves.png")
+    assert titles == {"named: loss"} and [len(x) for x, _ in drawn] == [100, 99]
     assert drawn[1][0][0] == 1 and all(abs(value - 0.5) <= 1e-12 for value in drawn[1][1])
 
 

@@ -92,7 +92,8 @@ def quiet() -> None:
 
 def report(args: argparse.Namespace) -> None:
     """OUT/report/TASK.md with its pictures, of the results that are there."""
-    from rcm_mcore.lab.results import tables, trade_off
+    from rcm_mcore.evaluation.report import training_curves
+    from rcm_mcore.lab.results import logs, tables, trade_off
     from rcm_mcore.lab.rows import METHODS
 
     target = args.out / "report"
@@ -110,6 +111,9 @@ def report(args: argparse.Namespace) -> None:
         trade_off(root, target / f"{name}_trade_off.png", **measures, order=order, title=name)
         task.picture(root, target / f"{name}.png", methods)
         pictures = f"![samples]({name}.png)\n\n![quality and diversity]({name}_trade_off.png)\n"
+        if curves := logs(root, [row for row in rows if row.group == METHODS]):
+            training_curves(curves, target / f"{name}_curves.png")
+            pictures += f"\n![losses and norm of the tangent, seed 0]({name}_curves.png)\n"
         (target / f"{name}.md").write_text(f"{text}\n{pictures}", encoding="utf-8")
         print(f"{target / name}.md")
 

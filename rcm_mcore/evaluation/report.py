@@ -95,13 +95,13 @@ def write_gif(videos: Videos, path: PathLike, *, columns: int = 10, scale: int =
     first.save(path, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
 
 
-def training_curves(logs: Sequence[PathLike], path: PathLike) -> None:
+def training_curves(logs: Sequence[PathLike] | Mapping[str, PathLike], path: PathLike) -> None:
     """Writes a PNG with one line of plots for each log: its loss terms, and the norm of the tangent.
 
     A log has one JSON object to a line with ``step``, ``loss`` or its terms ``loss_*`` (then ``loss``, which mixes
     student and critic steps, is not plotted), and ``g_norm``. Absent, null and non-finite values are left out, and so
     are lines that are cut off. A step that was logged twice, before a kill and after the resumption, counts once, as
-    it was logged last. Faint lines are the values, strong ones a running mean. A plot is titled by the log's folder.
+    it was logged last. Faint lines are the values, strong ones a running mean. A plot is titled by its log's key, or folder.
 
     Raises: ValueError for no logs, or a log without a step.
     """
@@ -110,12 +110,12 @@ def training_curves(logs: Sequence[PathLike], path: PathLike) -> None:
 
     if not logs:
         raise ValueError("logs: nothing to plot; give at least one JSON-lines file")
-    figure = Figure(figsize=(11.0, 3.2 * len(logs)), layout="constrained")
+    titled = list(logs.items()) if isinstance(logs, Mapping) else [(Path(log).resolve().parent.name, log) for log in logs]
+    figure = Figure(figsize=(11.0, 3.2 * len(titled)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(logs), 2, squeeze=False)
-    for (left, right), log in zip(axes, logs):
+    axes = figure.subplots(len(titled), 2, squeeze=False)
+    for (left, right), (title, log) in zip(axes, titled):
         curves = _read_curves(Path(log))
-        title = Path(log).resolve().parent.name
         terms = {name: curve for name, curve in curves.items() if name.startswith("loss_")}
         _plot(left, terms or {name: curve for name, curve in curves.items() if name == "loss"}, f"{title}: loss")
         tangent = {name: curve for name, curve in curves.items() if name == _TANGENT_NORM}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcm_mcore.lab.density import Grid, map_error, student_maps, teacher_maps
 from rcm_mcore.lab.plane import Net, make_config, pretrained, ring, schedule, train, with_interval
-from rcm_mcore.lab.results import RESULT, write_json, write_tensors
+from rcm_mcore.lab.results import RESULT, write_json, write_lines, write_tensors
 from rcm_mcore.lab.rows import BY_NAME, Row, with_warmup
 from rcm_mcore.parallel.mesh import local_mesh
 
@@ -30,7 +30,7 @@ BESIDE = ("data", "teacher, Euler 50", "teacher, Euler 4")  # in pictures
 
 
 def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Train and measure one student; result.json, curves.json and density.safetensors in `out`. Returns the result."""
+    """Train and measure one student; result.json, logs and density.safetensors in `out`. Returns the result."""
     updates = QUICK_UPDATES if quick else UPDATES
     data, grid, row = ring(), Grid(size=96 if quick else 320), with_warmup(row, updates // len(row.plan))
     start = time.perf_counter()
@@ -38,15 +38,15 @@ def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any
         group = mesh.groups.mp
         base = pretrained(group, data, seed, steps=updates, width=WIDTH)
         student: Net = with_interval(base) if row.model.get("interval") else copy.deepcopy(base)
-        log = []
-        for fields in row.plan:
+        for stage, fields in enumerate(row.plan, start=1):
             config = make_config(**scaled(fields))
             every = config.distill.student_every if config.distill.has_fake_score else 1
             share = updates // len(row.plan)
             warm = config.distill.tangent_warmup
             phases = schedule(config, warm + every * (share - warm))
             critic = copy.deepcopy(base)
-            log += train(config, group, phases, student=student, data=data, seed=seed, fake_score=critic)
+            log = train(config, group, phases, student=student, data=data, seed=seed, fake_score=critic)
+            write_lines(out / f"stage_{stage}" / "log.jsonl", log)
     seconds = time.perf_counter() - start
     made = {steps: grid.generated(*student_maps(student, steps)) for steps in STEPS}
     by_steps = {steps: {"evaluations": steps, **grid.distances(made[steps], data)} for steps in STEPS}
@@ -54,7 +54,6 @@ def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any
     facts = {"updates": updates, "seconds": seconds}
     result = dict(row=row.name, group=row.group, seed=seed, facts=facts, by_steps={str(n): m for n, m in by_steps.items()})
     write_tensors(out / "density.safetensors", {str(steps): weights.float() for steps, weights in made.items()})
-    write_json(out / "curves.json", log)
     write_json(out / RESULT, result)
     return result
 

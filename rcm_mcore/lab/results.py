@@ -1,6 +1,7 @@
 """Results of runs as files, one a run, and what is made of them: tables with intervals over seeds, plots.
 
     OUT/TASK/ROW/seed_N/result.json    {"row", "group", "seed", "facts": {...}, "by_steps": {"1": {measure: value}, ...}}
+    OUT/TASK/ROW/seed_N/stage_M/log.jsonl  {"step", "loss_...", ...} of each step of its training
     OUT/TASK/baselines.json            {label: [{measure: value} of each seed]}: real data, the teacher
 
 A file is there whole or not at all: a run that has one is not done again.
@@ -18,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from rcm_mcore.evaluation.intervals import run_interval, runs_table
+from rcm_mcore.lab.rows import Row
 
 RESULT = "result.json"
 
@@ -25,6 +27,12 @@ RESULT = "result.json"
 def write_json(path: Path, value: Any) -> None:
     """All or nothing."""
     _write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A log of steps 1, 2, ... as JSON lines, all or nothing."""
+    lines = (json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows, start=1))
+    _write(path, "".join(lines).encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -37,6 +45,15 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def logs(task: Path, order: Sequence[Row], seed: int = 0) -> dict[str, Path]:
+    """Title -> log of every stage of the rows that have run with this seed."""
+    found: dict[str, Path] = {}
+    for row in order:
+        stages = sorted((task / row.slug / f"seed_{seed}").glob("stage_*/log.jsonl"))
+        found |= {row.name if len(stages) == 1 else f"{row.name}, stage {i}": log for i, log in enumerate(stages, start=1)}
+    return found
 
 
 def read_results(task: Path) -> list[dict[str, Any]]:
