@@ -27,6 +27,8 @@ ESTIMATE = mutations(
      "test_what_a_block_needs_is_what_a_pass_allocates"),
     ("graph + 20, backward + 16", "graph, backward", "test_what_a_block_needs_is_what_a_pass_allocates"),
     ("2 * 4 + 2 * 2 + 2 * mesh.cp", "0", "test_measured_peaks_are_within_a_tenth"),
+    ("distill and config.distill.carries_tangents", "distill and config.distill.consistency is not None",
+     "test_methods_without_a_jvp_need_no_tangents"),
     ("        host=away +", "        host=", "test_what_is_offloaded_is_the_hosts"),
     ("optimizer=sum(state.values()) - away", "optimizer=sum(state.values())", "test_what_is_offloaded_is_the_hosts"),
     ("+ distill) - streamed", "+ distill)", "test_what_is_offloaded_is_the_hosts"),

@@ -258,6 +258,16 @@ def test_a_layer_keeps_what_is_estimated(mesh, tmp_path, method):
     assert found[3] - found[2] == kept_of_a_layer(config, dual=method == "scm")
 
 
+@pytest.mark.parametrize("fields", [{"method": "dcm"}, {"method": "scm", "tangent": "finite_difference"}])
+def test_methods_without_a_jvp_need_no_tangents(tmp_path, fields):
+    def activations(**distill):
+        distill = {"teacher": "x", **distill}
+        tree = tiny.config("shards", tmp_path, "distill", distill=distill, model={"recompute": "full", "num_layers": 4})
+        return estimate(parse_config(tree), 1).activations
+
+    assert activations(**fields) == activations(method="dmd") < activations(method="scm")
+
+
 @pytest.fixture
 def attention_of_gpus(monkeypatch):
     """Attention that allocates what kernels on GPUs do and computes nothing: in plain PyTorch it would need more."""

@@ -146,6 +146,11 @@ class DistillConfig:
         return None if self.method == "dmd" else self.method  # type: ignore[return-value]
 
     @property
+    def carries_tangents(self) -> bool:
+        """Whether a term takes a JVP of the student, by a pass with tangents."""
+        return self.consistency in ("scm", "meanflow") and self.tangent == "jvp"
+
+    @property
     def has_fake_score(self) -> bool:
         """Whether the method has score distillation, and so a network that learns the student's scores."""
         return self.method in ("rcm", "dmd")

@@ -111,7 +111,7 @@ def _activations(config: Config, microbatches: int) -> int:
     kept = chunks * layers * kept_of_a_layer(config, dual=False)
     backward = work.backward if model.recompute != "none" else work.backward - work.graph
     most = max(kept + unit * backward, (kept if mesh.pp == 1 else 0) + unit * teacher)
-    if distill and config.distill.consistency is not None:
+    if distill and config.distill.carries_tangents:
         kept = chunks * layers * kept_of_a_layer(config, dual=True)
         most = max(most, kept + unit * max(work.backward, work.dual))
     return round(most) + chunks * _kept_of_a_chunk(config) + _of_other_ranks(config, microbatches)
