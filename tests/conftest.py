@@ -12,13 +12,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mesh():
     """One rank."""
-    from rcm_mcore.config import MeshConfig
-    from rcm_mcore.parallel.mesh import make_mesh
+    from rcm_mcore.parallel.mesh import local_mesh
 
-    return make_mesh(MeshConfig())
+    with local_mesh() as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,13 @@ def same_rounding():
         yield
 
 
+# Files that take minutes: first, so that neither of two workers ends with one while the other has nothing to do.
+LONG = ("test_demo", "test_parallel", "test_training", "test_resume", "test_faults", "test_synthesize", "test_benchmark_step")
+
+
 def pytest_collection_modifyitems(config, items):
-    """GPU tests run where the GPUs are."""
+    """GPU tests run where the GPUs are; long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     present = torch.cuda.device_count()
     for item in items:
         for n in (1, 2, 4, 8):
