@@ -1,14 +1,19 @@
 """The laboratory's command line, its rows and its tables."""
 
+import importlib.util
 import json
+import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 
-from rcm_mcore.config import parse_config
-from rcm_mcore.lab import results, rows
+from rcm_mcore.config import load_config, parse_config
+from rcm_mcore.lab import results, rows, scene_task, videos
 from rcm_mcore.lab.plane import make_config
 from rcm_mcore.lab.plane_task import scaled
 
@@ -18,6 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def lab(*arguments):
     command = [sys.executable, str(ROOT / "tools" / "lab.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def tool():
+    """tools/lab.py as a module."""
+    spec = importlib.util.spec_from_file_location("lab", ROOT / "tools" / "lab.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_row_is_a_configuration():
@@ -58,6 +71,50 @@ def test_rows_by_name_and_group():
     assert len(rows.find(None)) == len(rows.ROWS)
     with pytest.raises(ValueError, match=r"--rows \['xCM'\]: there are rCM, sCM"):
         rows.find(["sCM", "xCM"])
+
+
+@pytest.mark.parametrize(
+    "count, visible, expected",
+    [(0, None, [None] * 3), (1, "3", [None] * 3), (2, None, ["0", "1", "0"]), (2, "5,GPU-ab", ["5", "GPU-ab", "5"])],
+)
+def test_jobs_are_dealt_to_the_gpus(monkeypatch, count, visible, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert tool().gpus_of_jobs(3) == expected
+
+
+def test_a_job_sees_its_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    gpus = queue.Queue()
+    for gpu in ("1", None):
+        gpus.put(gpu)
+        tool().begin(gpus)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+@pytest.mark.parametrize("count, ranks", [(0, 1), (1, 1), (2, 2), (3, 2)])
+def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monkeypatch, tmp_path, count, ranks):
+    called = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(scene_task.videos, "train", lambda path, overrides, ranks: called.append((path, overrides, ranks)))
+    monkeypatch.setattr(scene_task, "read_network", lambda *_, **__: ())
+    monkeypatch.setattr(scene_task, "write_network", lambda *_: None)
+    scene_task.train_teacher(tmp_path)
+    ((path, overrides, found),) = called
+    config = load_config(path, overrides)
+    assert found == ranks and config.train.micro_batch_size * ranks == config.train.global_batch_size == 128
+
+
+def test_a_run_on_two_ranks(tmp_path):
+    tiny.make_shards(tmp_path / "shards")
+    config = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "shards", tmp_path / "run", train={"steps": 2}))
+    with pytest.raises(RuntimeError, match=r"train\.steps=0"):
+        videos.train(config, ["train.steps=0"])
+    videos.train(config, [], ranks=2)
+    started = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert started["event"] == "started" and started["ranks"] == 2
 
 
 @pytest.fixture(scope="module")

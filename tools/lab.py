@@ -2,7 +2,7 @@
 
     python tools/lab.py plane                     # eight modes in the plane, exact distributions: 25 minutes of a core
     python tools/lab.py digits                    # moving digits: an hour on two cores
-    python tools/lab.py scenes --jobs 3           # rendered scenes with captions: one GPU
+    python tools/lab.py scenes --jobs 3           # rendered scenes with captions: a GPU, or several, to which jobs are dealt
     python tools/lab.py digits --rows rCM sCM --seeds 3 --jobs 2
     python tools/lab.py report plane digits       # tables and pictures of what is there
 
@@ -64,9 +64,11 @@ def run_all(args: argparse.Namespace) -> int:
     left = [(row, seed) for row, seed in runs if not (root / row.slug / f"seed_{seed}" / RESULT).exists()]
     failed = 0
     # Spawned, because torch and its threads do not survive a fork.
-    pool = ProcessPoolExecutor(
-        min(args.jobs, max(1, len(left))), mp_context=multiprocessing.get_context("spawn"), initializer=quiet
-    )
+    context, jobs = multiprocessing.get_context("spawn"), min(args.jobs, max(1, len(left)))
+    gpus = context.Queue()
+    for gpu in gpus_of_jobs(jobs):
+        gpus.put(gpu)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=begin, initargs=(gpus,))
     with pool, tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", dynamic_ncols=True) as bar:
         started = {
             pool.submit(task.run, row, seed, root / row.slug / f"seed_{seed}", quick=args.quick): f"{row.name}, seed {seed}"
@@ -80,9 +82,21 @@ def run_all(args: argparse.Namespace) -> int:
     return failed
 
 
-def quiet() -> None:
-    """Of a process that runs: one thread, no repeated notes of megatron's about what is not installed."""
+def gpus_of_jobs(jobs: int) -> list[str | None]:
+    """The GPU that each job sees, by turns; None: what this process sees, where there are not several."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return [visible[i % count] if count > 1 else None for i in range(jobs)]
+
+
+def begin(gpus) -> None:
+    """A process that runs: its GPU, one thread, no repeated notes of megatron's about what is not installed."""
     import warnings
+
+    if (gpu := gpus.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
     import torch
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rcm_mcore.checkpoint import read_network, write_network
+from rcm_mcore.config import load_config
 from rcm_mcore.lab import videos
 from rcm_mcore.lab.adherence import judge, mean_of
 from rcm_mcore.lab.codec import SceneCodec, train_codec
@@ -125,18 +126,23 @@ def prepare(root: Path, *, quick: bool = False) -> None:
 
 
 def train_teacher(root: Path, *, quick: bool = False) -> None:
-    """To its end, or from where it was interrupted; its EMA is the teacher."""
+    """To its end on all GPUs, or from where it was interrupted; its EMA is the teacher."""
     if (root / "teacher").exists():
         return
-    task = video_task(root, quick=quick)
+    task, path = video_task(root, quick=quick), ROOT / "examples" / "scenes" / "teacher.yaml"
+    batch = load_config(path, task.train_overrides).train.global_batch_size
+    ranks = max(1, torch.cuda.device_count())
+    while batch % ranks:
+        ranks -= 1
     overrides = [
         *task.data_overrides,
         f"pretrain.negative_embedding={root}/data/negative_embedding.safetensors",
         f"checkpoint.dir={root}/teacher_run",
         f"train.steps={(QUICK if quick else SIZES)['teacher']}",
         *task.train_overrides,
+        f"train.micro_batch_size={batch // ranks}",
     ]
-    videos.train(ROOT / "examples" / "scenes" / "teacher.yaml", overrides)
+    videos.train(path, overrides, ranks=ranks)
     write_network(root / "teacher", *read_network(root / "teacher_run", which="ema"))
 
 

@@ -76,10 +76,11 @@ class VideoTask:
         )
 
 
-def train(config: Path, overrides: Sequence[str]) -> None:
+def train(config: Path, overrides: Sequence[str], *, ranks: int = 1) -> None:
     """A run to its end, continued if it was begun. Raises RuntimeError with the end of its output if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "rcm_mcore.train", str(config), *overrides]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "rcm_mcore.train", str(config), *overrides]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout[-3000:]}")
