@@ -66,6 +66,22 @@ def test_logs_of_stages(tmp_path):
     assert json.loads(found[f"{row.name}, stage 1"].read_text()) == {"step": 1, "loss_scm": 0.5}
 
 
+def test_differences_are_of_the_same_seed(tmp_path):
+    """Seeds whose common luck is ten times as large as what the rows differ by; sCM lacks a seed that rCM has."""
+    luck = {0: 10.0, 1: -10.0, 2: 0.0}
+    for name, add, seeds in (("rCM", 0.0, (0, 1, 2)), ("sCM", 1.0, (0, 1)), ("DMD2", 0.0, (0,))):
+        for seed in seeds:
+            by_steps = {"1": {"Frechet": luck[seed] + add + 0.1 * seed * add, "diversity": 1.0}}
+            result = {"row": name, "group": "methods", "seed": seed, "by_steps": by_steps}
+            results.write_json(tmp_path / name / f"seed_{seed}" / results.RESULT, result)
+    order, groups = list(rows.BY_NAME), {row.name: row.group for row in rows.ROWS}
+    text = results.tables(tmp_path, order=order, groups=groups, compared=["Frechet"])
+    assert text.count("### ") == 1 and "without an interval: DMD2." in text
+    apart = text.split("Minus rCM with the same seed:")[1].splitlines()
+    (line,) = [line for line in apart if line.startswith("| sCM, 1 ")]
+    assert "1.05 ± 0.64" in line and not any(line.startswith("| rCM") for line in apart)
+
+
 def test_rows_by_name_and_group():
     assert [row.name for row in rows.find(["sCM", "tangent"])] == ["sCM", "rCM, finite differences", "sCM, finite differences"]
     assert len(rows.find(None)) == len(rows.ROWS)
@@ -144,6 +160,7 @@ def test_the_report(study):
     found = [json.loads(path.read_text()) for path in (out / "plane_quick" / "sCM").rglob("result.json")]
     mean = sum(result["by_steps"]["1"]["outside"] for result in found) / 2
     column = next(line for line in text.splitlines() if line.startswith("| sampler")).split("|").index(" outside ")
+    assert text.count("### ") == 1 and "Minus" not in text, "groups without a row of their own, and no rCM to compare with"
     value, half_width = map(float, lines[0].split("|")[column].split("±"))
     assert abs(value - mean) <= half_width / 20 + 1e-12
     logs = results.logs(out / "plane_quick", rows.ROWS)

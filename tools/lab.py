@@ -119,9 +119,9 @@ def report(args: argparse.Namespace) -> None:
     for name in args.tasks:
         root, task, rows = folder(args.out, name, args.quick), task_of(name), rows_of(name, None)
         order, groups = [row.name for row in rows], {row.name: row.group for row in rows}
-        text = tables(root, order=order, groups=groups)
-        methods = [row.name for row in rows if row.group == METHODS]
         measures = dict(quality=task.QUALITY, diversity=task.DIVERSITY)
+        text = tables(root, order=order, groups=groups, compared=list(measures.values()))
+        methods = [row.name for row in rows if row.group == METHODS]
         trade_off(root, target / f"{name}_trade_off.png", **measures, order=order, title=name)
         task.picture(root, target / f"{name}.png", methods)
         pictures = f"![samples]({name}.png)\n\n![quality and diversity]({name}_trade_off.png)\n"

@@ -178,7 +178,7 @@ def _read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def _plot(axes: Any, curves: dict[str, tuple[list[int], list[float]]], title: str) -> None:
     """Curves over steps on one axes; logarithmic when all values are positive and span more than a decade."""
-    axes.set_title(title)
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("step")
     if not curves:
         axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)

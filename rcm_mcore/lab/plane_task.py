@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcm_mcore.lab.density import Grid, map_error, student_maps, teacher_maps
 from rcm_mcore.lab.plane import Net, make_config, pretrained, ring, schedule, train, with_interval
-from rcm_mcore.lab.results import RESULT, write_json, write_lines, write_tensors
+from rcm_mcore.lab.results import RESULT, STEPS, write_json, write_lines, write_tensors
 from rcm_mcore.lab.rows import BY_NAME, Row, with_warmup
 from rcm_mcore.parallel.mesh import local_mesh
 
@@ -24,7 +24,6 @@ WIDTH = 128
 # of them instead of thousands this weight stands for method.md's 100.
 SCM_WEIGHT = 10.0
 SETTINGS = dict(student_every=2, time_g={"mean": -0.8, "std": 1.6})
-STEPS = (1, 2, 4)
 QUALITY, DIVERSITY = "outside", "mode_error"
 BESIDE = ("data", "teacher, Euler 50", "teacher, Euler 4")  # in pictures
 

@@ -22,6 +22,7 @@ from rcm_mcore.evaluation.intervals import run_interval, runs_table
 from rcm_mcore.lab.rows import Row
 
 RESULT = "result.json"
+STEPS = (1, 2, 4)  # of samplers
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,19 +68,21 @@ def read_results(task: Path) -> list[dict[str, Any]]:
     return found
 
 
-def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, list[Mapping[str, Any]]]:
-    """Row -> the measures of each seed at so many steps, of rows with two runs or more."""
-    rows: dict[str, list[Mapping[str, Any]]] = {}
+def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Row -> seed -> its measures at so many steps, of rows with two runs or more."""
+    rows: dict[str, dict[int, Mapping[str, Any]]] = {}
     for result in results:
         if str(steps) in result["by_steps"]:
-            rows.setdefault(result["row"], []).append(result["by_steps"][str(steps)])
+            rows.setdefault(result["row"], {})[result["seed"]] = result["by_steps"][str(steps)]
     return {row: runs for row, runs in rows.items() if len(runs) > 1}
 
 
-def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str]) -> str:
-    """Markdown: a table for each group of rows, rows at 1, 2 and 4 steps below each other; baselines first.
+def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str], compared: Sequence[str]) -> str:
+    """Markdown of each group of rows: a table of rows at 1, 2 and 4 steps below each other, baselines and the first of `order`
+    first, and a table of how its rows differ from that first one.
 
-    `order`: names of rows; `groups`: of each, its group. Rows with one run have no interval and are left out, and named.
+    `order`: names of rows; `groups`: of each, its group; `compared`: measures of the second table. Rows with one run have no
+    interval and are left out, and named.
     """
     results = read_results(task)
     baselines = task / "baselines.json"
@@ -88,16 +91,29 @@ def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str]) -> st
     text = []
     for group in dict.fromkeys(groups[row] for row in order):
         rows: dict[str, Sequence[Mapping[str, Any]]] = dict(of_baselines)
-        for steps in (1, 2, 4):
+        apart: dict[str, Sequence[Mapping[str, Any]]] = {}
+        for steps in STEPS:
             found = by_row(results, steps)
             wanted = [row for row in order if row in found and (groups[row] == group or row == order[0])]
-            rows |= {f"{row}, {steps}": found[row] for row in wanted}
-        if len(rows) > len(of_baselines):
+            rows |= {f"{row}, {steps}": list(found[row].values()) for row in wanted}
+            if order[0] in found:
+                pairs = {row: differences(found[row], found[order[0]], compared) for row in wanted if row != order[0]}
+                apart |= {f"{row}, {steps}": pair for row, pair in pairs.items() if len(pair) > 1}
+        if any(groups[result["row"]] == group for result in results):
             text.append(f"### {group[0].upper()}{group[1:]}\n\n{runs_table(rows, label='sampler, steps')}")
+        if apart:
+            text.append(f"Minus {order[0]} with the same seed:\n\n{runs_table(apart, label='sampler, steps')}")
     alone = {result["row"] for result in results} - set(by_row(results, 1))
     if alone:
         text.append(f"Of one run only, and so without an interval: {', '.join(sorted(alone))}.\n")
     return "\n".join(text)
+
+
+def differences(
+    runs: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], measures: Sequence[str]
+) -> list[dict[str, float]]:
+    """Of each seed that both have: what seeds share, the teacher's faults and the prompts' luck, cancels."""
+    return [{name: runs[seed][name] - others[seed][name] for name in measures} for seed in runs if seed in others]
 
 
 def _exact(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def _exact(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[st
 def trade_off(task: Path, path: Path, *, quality: str, diversity: str, order: Sequence[str], title: str) -> None:
     """A plot of one measure against another, a panel for each number of steps: means and intervals over seeds.
 
-    The baselines are crosses. Needs matplotlib.
+    The baselines are black. Logarithmic where `quality` spans more than a decade. Needs matplotlib.
     """
     import matplotlib
 
@@ -119,20 +135,24 @@ def trade_off(task: Path, path: Path, *, quality: str, diversity: str, order: Se
     results = read_results(task)
     baselines = json.loads((task / "baselines.json").read_text(encoding="utf-8"))
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharex=True, sharey=True)
-    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for panel, steps in zip(panels, (1, 2, 4)):
+    colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    means = [runs[0][quality] for runs in baselines.values()]
+    for panel, steps in zip(panels, STEPS):
         found = by_row(results, steps)
         for i, row in enumerate(order):
             if row not in found:
                 continue
-            x, y = (run_interval([run[name] for run in found[row]]) for name in (diversity, quality))
+            x, y = (run_interval([run[name] for run in found[row].values()]) for name in (diversity, quality))
             bars = dict(xerr=x.half_width, yerr=y.half_width, fmt="o", capsize=2, color=colours[i % len(colours)])
             panel.errorbar(x.mean, y.mean, label=row, **bars)
-        for label, runs in baselines.items():
-            panel.plot(runs[0][diversity], runs[0][quality], "kx")
-            panel.annotate(label, (runs[0][diversity], runs[0][quality]), fontsize=7, textcoords="offset points", xytext=(4, 4))
+            means.append(y.mean)
+        for mark, (label, runs) in zip("*sDv^xP", baselines.items()):
+            panel.plot(runs[0][diversity], runs[0][quality], mark, color="black", markersize=5, label=label, linestyle="")
         panel.set_title(f"{steps} step{'s' * (steps > 1)}")
         panel.set_xlabel(diversity)
+    if 0 < 10 * min(means) < max(means):
+        panels[0].set_yscale("log")
+        panels[0].set_ylim(min(means) / 2, 2 * max(means))
     panels[0].set_ylabel(quality)
     panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.suptitle(title)

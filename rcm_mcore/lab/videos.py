@@ -24,11 +24,9 @@ from torch import Tensor
 from rcm_mcore.checkpoint import read_network, write_network
 from rcm_mcore.evaluation import metrics
 from rcm_mcore.evaluation.temporal import temporal_consistency, wasserstein
-from rcm_mcore.lab.results import RESULT, write_json, write_tensors
+from rcm_mcore.lab.results import RESULT, STEPS, write_json, write_tensors
 from rcm_mcore.lab.rows import Row, with_warmup
 from rcm_mcore.sampling import SampleRequest, sample
-
-STEPS = (1, 2, 4)
 
 
 class Judge(Protocol):
