@@ -163,6 +163,11 @@ def test_the_report(study):
     assert text.count("### ") == 1 and "Minus" not in text, "groups without a row of their own, and no rCM to compare with"
     value, half_width = map(float, lines[0].split("|")[column].split("±"))
     assert abs(value - mean) <= half_width / 20 + 1e-12
+    record = json.loads((out / "report" / "plane.json").read_text())
+    assert [(r["row"], r["seed"]) for r in record["results"]] == [(n, s) for n in ("MeanFlow", "sCM") for s in (0, 1)]
+    assert "teacher, Euler 50" in record["baselines"] and record["results"][2] in found
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert commit.startswith((found[0]["facts"]["commit"] or "").removesuffix("-dirty"))
     logs = results.logs(out / "plane_quick", rows.ROWS)
     assert list(logs) == ["sCM", "MeanFlow"] and [len(log.read_text().splitlines()) for log in logs.values()] == [60, 60]
     for name in ("plane.png", "plane_trade_off.png", "plane_curves.png"):
@@ -189,7 +194,7 @@ def test_tables_name_what_has_one_run(tmp_path):
         for seed in range(seeds):
             found = {"row": row, "group": "methods", "seed": seed, "facts": {}, "by_steps": {"1": {"quality": seed + 1.0}}}
             results.write_json(tmp_path / row / f"seed_{seed}" / "result.json", found)
-    text = results.tables(tmp_path, order=["rCM", "sCM"], groups={"rCM": "methods", "sCM": "methods"})
+    text = results.tables(tmp_path, order=["rCM", "sCM"], groups={"rCM": "methods", "sCM": "methods"}, compared=["quality"])
     assert "| rCM, 1 | 1.5 ± 6.4 |" in text and "| sCM" not in text and "one run only, and so without an interval: sCM" in text
     (tmp_path / "rCM" / "seed_0" / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"seed_0/result.json cannot be read"):

@@ -105,9 +105,9 @@ def begin(gpus) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """OUT/report/TASK.md with its pictures, of the results that are there."""
+    """OUT/report/TASK.md with its pictures, and TASK.json, of the results that are there."""
     from rcm_mcore.evaluation.report import training_curves
-    from rcm_mcore.lab.results import logs, tables, trade_off
+    from rcm_mcore.lab.results import logs, tables, trade_off, write_record
     from rcm_mcore.lab.rows import METHODS
 
     target = args.out / "report"
@@ -124,6 +124,7 @@ def report(args: argparse.Namespace) -> None:
         methods = [row.name for row in rows if row.group == METHODS]
         trade_off(root, target / f"{name}_trade_off.png", **measures, order=order, title=name)
         task.picture(root, target / f"{name}.png", methods)
+        write_record(root, target / f"{name}.json")
         pictures = f"![samples]({name}.png)\n\n![quality and diversity]({name}_trade_off.png)\n"
         if curves := logs(root, [row for row in rows if row.group == METHODS]):
             training_curves(curves, target / f"{name}_curves.png")

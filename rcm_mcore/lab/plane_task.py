@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcm_mcore.lab.density import Grid, map_error, student_maps, teacher_maps
 from rcm_mcore.lab.plane import Net, make_config, pretrained, ring, schedule, train, with_interval
-from rcm_mcore.lab.results import RESULT, STEPS, write_json, write_lines, write_tensors
+from rcm_mcore.lab.results import RESULT, STEPS, commit, write_json, write_lines, write_tensors
 from rcm_mcore.lab.rows import BY_NAME, Row, with_warmup
 from rcm_mcore.parallel.mesh import local_mesh
 
@@ -50,7 +50,7 @@ def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any
     made = {steps: grid.generated(*student_maps(student, steps)) for steps in STEPS}
     by_steps = {steps: {"evaluations": steps, **grid.distances(made[steps], data)} for steps in STEPS}
     by_steps[1]["map_error"] = map_error(student, data)
-    facts = {"updates": updates, "seconds": seconds}
+    facts = {"updates": updates, "seconds": seconds, "commit": commit()}
     result = dict(row=row.name, group=row.group, seed=seed, facts=facts, by_steps={str(n): m for n, m in by_steps.items()})
     write_tensors(out / "density.safetensors", {str(steps): weights.float() for steps, weights in made.items()})
     write_json(out / RESULT, result)

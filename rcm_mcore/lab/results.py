@@ -1,8 +1,9 @@
 """Results of runs as files, one a run, and what is made of them: tables with intervals over seeds, plots.
 
-    OUT/TASK/ROW/seed_N/result.json    {"row", "group", "seed", "facts": {...}, "by_steps": {"1": {measure: value}, ...}}
+    OUT/TASK/ROW/seed_N/result.json        {"row", "group", "seed", "facts": {"updates", "seconds", "commit"},
+                                            "by_steps": {"1": {measure: value}, ...}}
     OUT/TASK/ROW/seed_N/stage_M/log.jsonl  {"step", "loss_...", ...} of each step of its training
-    OUT/TASK/baselines.json            {label: [{measure: value} of each seed]}: real data, the teacher
+    OUT/TASK/baselines.json                {label: [{measure: value} of each seed]}: real data, the teacher
 
 A file is there whole or not at all: a run that has one is not done again.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,21 @@ def logs(task: Path, order: Sequence[Row], seed: int = 0) -> dict[str, Path]:
         stages = sorted((task / row.slug / f"seed_{seed}").glob("stage_*/log.jsonl"))
         found |= {row.name if len(stages) == 1 else f"{row.name}, stage {i}": log for i, log in enumerate(stages, start=1)}
     return found
+
+
+def commit() -> str | None:
+    """Of the checkout that runs, with -dirty if it was changed; None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        return None
+
+
+def write_record(task: Path, path: Path) -> None:
+    """Every result of a task and its baselines in one JSON file, which the tables and plots can be made of again."""
+    baselines = json.loads((task / "baselines.json").read_text(encoding="utf-8"))
+    write_json(path, {"results": read_results(task), "baselines": baselines})
 
 
 def read_results(task: Path) -> list[dict[str, Any]]:

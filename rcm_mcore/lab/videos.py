@@ -24,7 +24,7 @@ from torch import Tensor
 from rcm_mcore.checkpoint import read_network, write_network
 from rcm_mcore.evaluation import metrics
 from rcm_mcore.evaluation.temporal import temporal_consistency, wasserstein
-from rcm_mcore.lab.results import RESULT, STEPS, write_json, write_tensors
+from rcm_mcore.lab.results import RESULT, STEPS, commit, write_json, write_tensors
 from rcm_mcore.lab.rows import Row, with_warmup
 from rcm_mcore.sampling import SampleRequest, sample
 
@@ -127,7 +127,7 @@ def run(task: VideoTask, judge: Judge, row: Row, seed: int, out: Path, *, update
         by_steps[str(steps)] = {**cost, **judge.measures(made.latents, task.prompts)}
         shown[str(steps)] = made.latents[sheet_rows(len(task.prompts))].contiguous()
     log = [json.loads(line) for stage in sorted(out.glob("stage_*/log.jsonl")) for line in stage.read_text().splitlines()]
-    facts = {"updates": updates, "seconds": sum(line["seconds"] for line in log)}
+    facts = {"updates": updates, "seconds": sum(line["seconds"] for line in log), "commit": commit()}
     result = dict(row=row.name, group=row.group, seed=seed, facts=facts, by_steps=by_steps)
     write_tensors(out / "samples.safetensors", shown)
     if not (out / "student").exists():
