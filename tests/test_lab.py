@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import queue
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 
+from rcm_mcore.checkpoint import read_network
 from rcm_mcore.config import load_config, parse_config
 from rcm_mcore.lab import results, rows, scene_task, videos
 from rcm_mcore.lab.plane import make_config
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def lab(*arguments):
     command = [sys.executable, str(ROOT / "tools" / "lab.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def tool():
@@ -172,6 +174,26 @@ def test_the_report(study):
     assert list(logs) == ["sCM", "MeanFlow"] and [len(log.read_text().splitlines()) for log in logs.values()] == [60, 60]
     for name in ("plane.png", "plane_trade_off.png", "plane_curves.png"):
         assert (out / "report" / name).stat().st_size > 5000
+
+
+def test_a_task_of_videos_from_nothing_to_a_report(tmp_path):
+    """Codec, data, reader, teacher, three stages of a student, its samples and what is read in them; tiny, on a CPU."""
+    name = "dCM, sCM, rCM in turn"
+    done = lab("scenes", "--quick", "--rows", name, "--seeds", 1, "--jobs", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "scenes_quick" / rows.BY_NAME[name].slug / "seed_0"
+    found = json.loads((folder / results.RESULT).read_text())["by_steps"]
+    assert [(steps, measured["evaluations"]) for steps, measured in found.items()] == [("1", 1), ("2", 2), ("4", 4)]
+    assert {"adherence %", "legible %", "Frechet", "diversity", "Vendi", "jitter off"} <= found["1"].keys()
+    assert all(math.isfinite(value) for measured in found.values() for value in measured.values())
+    assert read_network(folder / "student")
+    assert not list(folder.glob("stage_*/step_*")), "the checkpoints of stages are several times what they led to"
+    assert [len(path.read_text().splitlines()) for path in sorted(folder.glob("stage_*/log.jsonl"))] == [2, 2, 4]
+    done = lab("report", "scenes", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"without an interval: {name}." in (tmp_path / "report" / "scenes.md").read_text()
+    for picture in ("scenes.png", "scenes_trade_off.png", "scenes_curves.png"):
+        assert (tmp_path / "report" / picture).stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
