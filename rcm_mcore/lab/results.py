@@ -21,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from rcm_mcore.evaluation.intervals import run_interval, runs_table
+from rcm_mcore.evaluation.report import metrics_table
 from rcm_mcore.lab.rows import Row
 
 RESULT = "result.json"
@@ -96,15 +97,14 @@ def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[i
 
 def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str], compared: Sequence[str]) -> str:
     """Markdown of each group of rows: a table of rows at 1, 2 and 4 steps below each other, baselines and the first of `order`
-    first, and a table of how its rows differ from that first one.
+    first, and a table of how its rows differ from that first one. At the end the rows with one run.
 
-    `order`: names of rows; `groups`: of each, its group; `compared`: measures of the second table. Rows with one run have no
-    interval and are left out, and named.
+    `order`: names of rows; `groups`: of each, its group; `compared`: measures of the second table.
     """
     results = read_results(task)
     baselines = task / "baselines.json"
-    of_baselines = json.loads(baselines.read_text(encoding="utf-8")) if baselines.exists() else {}
-    of_baselines = {label: [_exact(runs, run) for run in runs] for label, runs in of_baselines.items()}
+    known = json.loads(baselines.read_text(encoding="utf-8")) if baselines.exists() else {}
+    of_baselines = {label: [_exact(runs, run) for run in runs] for label, runs in known.items() if len(runs) > 1}
     text = []
     for group in dict.fromkeys(groups[row] for row in order):
         rows: dict[str, Sequence[Mapping[str, Any]]] = dict(of_baselines)
@@ -116,13 +116,16 @@ def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str], compa
             if order[0] in found:
                 pairs = {row: differences(found[row], found[order[0]], compared) for row in wanted if row != order[0]}
                 apart |= {f"{row}, {steps}": pair for row, pair in pairs.items() if len(pair) > 1}
-        if any(groups[result["row"]] == group for result in results):
+        if any(groups[label.rsplit(", ", 1)[0]] == group for label in rows.keys() - of_baselines.keys()):
             text.append(f"### {group[0].upper()}{group[1:]}\n\n{runs_table(rows, label='sampler, steps')}")
         if apart:
             text.append(f"Minus {order[0]} with the same seed:\n\n{runs_table(apart, label='sampler, steps')}")
-    alone = {result["row"] for result in results} - set(by_row(results, 1))
-    if alone:
-        text.append(f"Of one run only, and so without an interval: {', '.join(sorted(alone))}.\n")
+    alone = [one for one in results if one["row"] not in by_row(results, 1)]
+    singles = {f"{one['row']}, {n}": one["by_steps"][str(n)] for n in STEPS for one in alone if str(n) in one["by_steps"]}
+    if singles:
+        singles = {label: runs[0] for label, runs in known.items() if len(runs) == 1} | singles
+        table = metrics_table([{"sampler, steps": label, **measures} for label, measures in singles.items()])
+        text.append(f"### Of one run only, and so without an interval\n\n{table}")
     return "\n".join(text)
 
 
