@@ -57,6 +57,20 @@ def test_the_weights_of_the_score_term():
         assert distill.dmd_weight / distill.scm_weight == pytest.approx(weight)
 
 
+def test_variants_of_scm_are_compared_with_scm(tmp_path):
+    for name, value in (("rCM", 1.0), ("sCM", 3.0), ("sCM, bfloat16 time", 3.5)):
+        for seed in range(2):
+            result = {"row": name, "seed": seed, "by_steps": {"2": {"Frechet": value}}}
+            results.write_json(tmp_path / rows.BY_NAME[name].slug / f"seed_{seed}" / results.RESULT, result)
+    text = results.tables(tmp_path, rows.ROWS, compared=["Frechet"]).split("### Time embedding")[1]
+    assert "| rCM, 2 " not in text and "| sCM, 2 | 3 ± 0 |" in text
+    assert "| sCM, bfloat16 time - sCM, 2 | 0.5 ± 0 |" in text and text.count(" - ") == 1
+    for row in rows.ROWS:
+        assert rows.BY_NAME[row.against].group == rows.METHODS
+        methods = {"rcm": "rCM", "scm": "sCM"}
+        assert row.group == rows.METHODS or methods[row.distill["method"]] == row.against
+
+
 def test_logs_of_stages(tmp_path):
     row = rows.BY_NAME["dCM, sCM, rCM in turn"]
     for stage in (2, 1, 3):
@@ -76,14 +90,12 @@ def test_differences_are_of_the_same_seed(tmp_path):
             by_steps = {"1": {"Frechet": luck[seed] + add + 0.1 * seed * add, "diversity": 1.0}}
             result = {"row": name, "group": "methods", "seed": seed, "by_steps": by_steps}
             results.write_json(tmp_path / name / f"seed_{seed}" / results.RESULT, result)
-    order, groups = list(rows.BY_NAME), {row.name: row.group for row in rows.ROWS}
-    text = results.tables(tmp_path, order=order, groups=groups, compared=["Frechet"])
+    text = results.tables(tmp_path, rows.ROWS, compared=["Frechet"])
     assert [line for line in text.splitlines() if "DMD2" in line] == ["| DMD2, 1 | 10.0 | 1.00 |"]
     several, alone = text.split("### Of one run only, and so without an interval")
     assert several.count("### ") == 1 and "| DMD2, 1 |" in alone
-    apart = several.split("Minus rCM with the same seed:")[1].splitlines()
-    (line,) = [line for line in apart if line.startswith("| sCM, 1 ")]
-    assert "1.05 ± 0.64" in line and not any(line.startswith("| rCM") for line in apart)
+    lines = several.split("Differences of runs with the same seed:")[1].strip().splitlines()[2:]
+    assert lines == ["| sCM - rCM, 1 | 1.05 ± 0.64 | 2 |"]
 
 
 def test_rows_by_name_and_group():
@@ -164,7 +176,9 @@ def test_the_report(study):
     found = [json.loads(path.read_text()) for path in (out / "plane_quick" / "sCM").rglob("result.json")]
     mean = sum(result["by_steps"]["1"]["outside"] for result in found) / 2
     column = next(line for line in text.splitlines() if line.startswith("| sampler")).split("|").index(" outside ")
-    assert text.count("### ") == 1 and "Minus" not in text, "groups without a row of their own, and no rCM to compare with"
+    assert text.count("### ") == 1 and "Differences" not in text, (
+        "groups without a row of their own, and no rCM to compare with"
+    )
     value, half_width = map(float, lines[0].split("|")[column].split("±"))
     assert abs(value - mean) <= half_width / 20 + 1e-12
     record = json.loads((out / "report" / "plane.json").read_text())
@@ -219,7 +233,7 @@ def test_tables_name_what_has_one_run(tmp_path):
         for seed in range(seeds):
             found = {"row": row, "group": "methods", "seed": seed, "facts": {}, "by_steps": {"1": {"quality": seed + 1.0}}}
             results.write_json(tmp_path / row / f"seed_{seed}" / "result.json", found)
-    text = results.tables(tmp_path, order=["rCM", "sCM"], groups={"rCM": "methods", "sCM": "methods"}, compared=["quality"])
+    text = results.tables(tmp_path, rows.ROWS, compared=["quality"])
     assert "| rCM, 1 | 1.5 ± 6.4 |" in text.split("### Of one run only")[0]
     (tmp_path / "rCM" / "seed_0" / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"seed_0/result.json cannot be read"):

@@ -108,7 +108,7 @@ def report(args: argparse.Namespace) -> None:
     """OUT/report/TASK.md with its pictures, and TASK.json, of the results that are there."""
     from rcm_mcore.evaluation.report import training_curves
     from rcm_mcore.lab.results import logs, tables, trade_off, write_record
-    from rcm_mcore.lab.rows import METHODS
+    from rcm_mcore.lab.rows import METHODS, WEIGHTS
 
     target = args.out / "report"
     for name in args.tasks:
@@ -118,11 +118,11 @@ def report(args: argparse.Namespace) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:
         root, task, rows = folder(args.out, name, args.quick), task_of(name), rows_of(name, None)
-        order, groups = [row.name for row in rows], {row.name: row.group for row in rows}
+        traded = [row.name for row in rows if row.group in (METHODS, WEIGHTS)]  # as many as there are colours
         measures = dict(quality=task.QUALITY, diversity=task.DIVERSITY)
-        text = tables(root, order=order, groups=groups, compared=list(measures.values()))
+        text = tables(root, rows, compared=list(measures.values()))
         methods = [row.name for row in rows if row.group == METHODS]
-        trade_off(root, target / f"{name}_trade_off.png", **measures, order=order, title=name)
+        trade_off(root, target / f"{name}_trade_off.png", **measures, order=traded, title=name)
         task.picture(root, target / f"{name}.png", methods)
         write_record(root, target / f"{name}.json")
         pictures = f"![samples]({name}.png)\n\n![quality and diversity]({name}_trade_off.png)\n"

@@ -95,32 +95,35 @@ def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[i
     return {row: runs for row, runs in rows.items() if len(runs) > 1}
 
 
-def tables(task: Path, *, order: Sequence[str], groups: Mapping[str, str], compared: Sequence[str]) -> str:
-    """Markdown of each group of rows: a table of rows at 1, 2 and 4 steps below each other, baselines and the first of `order`
-    first, and a table of how its rows differ from that first one. At the end the rows with one run.
+def tables(task: Path, order: Sequence[Row], *, compared: Sequence[str]) -> str:
+    """Markdown of each group of rows: a table of its rows, and of those that they are compared with, at 1, 2 and 4 steps below
+    each other, baselines first; and a table of the differences. At the end the rows with one run.
 
-    `order`: names of rows; `groups`: of each, its group; `compared`: measures of the second table.
+    `compared`: measures of the second table.
     """
     results = read_results(task)
     baselines = task / "baselines.json"
     known = json.loads(baselines.read_text(encoding="utf-8")) if baselines.exists() else {}
     of_baselines = {label: [_exact(runs, run) for run in runs] for label, runs in known.items() if len(runs) > 1}
+    by_steps = {steps: by_row(results, steps) for steps in STEPS}
     text = []
-    for group in dict.fromkeys(groups[row] for row in order):
+    for group in dict.fromkeys(row.group for row in order):
+        own = [row for row in order if row.group == group and any(row.name in found for found in by_steps.values())]
+        others = {row.against for row in own}
         rows: dict[str, Sequence[Mapping[str, Any]]] = dict(of_baselines)
         apart: dict[str, Sequence[Mapping[str, Any]]] = {}
-        for steps in STEPS:
-            found = by_row(results, steps)
-            wanted = [row for row in order if row in found and (groups[row] == group or row == order[0])]
-            rows |= {f"{row}, {steps}": list(found[row].values()) for row in wanted}
-            if order[0] in found:
-                pairs = {row: differences(found[row], found[order[0]], compared) for row in wanted if row != order[0]}
-                apart |= {f"{row}, {steps}": pair for row, pair in pairs.items() if len(pair) > 1}
-        if any(groups[label.rsplit(", ", 1)[0]] == group for label in rows.keys() - of_baselines.keys()):
+        for steps, found in by_steps.items():
+            shown = [row for row in order if row.name in found and (row in own or row.name in others)]
+            rows |= {f"{row.name}, {steps}": list(found[row.name].values()) for row in shown}
+            for row in shown:
+                if row in own and row.name != row.against and row.against in found:
+                    pairs = differences(found[row.name], found[row.against], compared)
+                    apart |= {f"{row.name} - {row.against}, {steps}": pairs} if len(pairs) > 1 else {}
+        if own:
             text.append(f"### {group[0].upper()}{group[1:]}\n\n{runs_table(rows, label='sampler, steps')}")
         if apart:
-            text.append(f"Minus {order[0]} with the same seed:\n\n{runs_table(apart, label='sampler, steps')}")
-    alone = [one for one in results if one["row"] not in by_row(results, 1)]
+            text.append(f"Differences of runs with the same seed:\n\n{runs_table(apart, label='samplers, steps')}")
+    alone = [one for one in results if not any(one["row"] in found for found in by_steps.values())]
     singles = {f"{one['row']}, {n}": one["by_steps"][str(n)] for n in STEPS for one in alone if str(n) in one["by_steps"]}
     if singles:
         singles = {label: runs[0] for label, runs in known.items() if len(runs) == 1} | singles

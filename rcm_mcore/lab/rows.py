@@ -11,13 +11,17 @@ LAMBDA = 0.01  # the paper's weight of score distillation beside consistency; sc
 
 @dataclass(frozen=True)
 class Row:
-    """A student. `distill`, `model`: fields of these sections; `stages`: of earlier stages, which share the updates."""
+    """A student. `distill`, `model`: fields of these sections; `stages`: of earlier stages, which share the updates.
+
+    `against`: name of the row that it is compared with.
+    """
 
     name: str
     group: str
     distill: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
+    against: str = "rCM"
 
     @property
     def slug(self) -> str:
@@ -35,7 +39,7 @@ class Row:
         return bool(self.model.get("bf16_time"))
 
 
-METHODS = "methods"
+METHODS, WEIGHTS = "methods", "weight of the score term"
 RCM: dict[str, Any] = {"method": "rcm"}
 ROWS = (
     Row("rCM", METHODS, RCM),
@@ -45,15 +49,15 @@ ROWS = (
     Row("MeanFlow", METHODS, {"method": "meanflow"}, {"interval": True}),
     Row("dCM, sCM, rCM in turn", METHODS, RCM, stages=({"method": "dcm"}, {"method": "scm"})),
     *(
-        Row(f"rCM, lambda {weight:g}", "weight of the score term", RCM | {"scm_weight": 1 / weight, "dmd_weight": 1.0})
+        Row(f"rCM, lambda {weight:g}", WEIGHTS, RCM | {"scm_weight": 1 / weight, "dmd_weight": 1.0})
         for weight in (1.0, 0.1, 0.001)  # 0.01 is rCM's
     ),
     Row("rCM, bfloat16 time", "time embedding", RCM, {"bf16_time": True}),
-    Row("sCM, bfloat16 time", "time embedding", {"method": "scm"}, {"bf16_time": True}),
+    Row("sCM, bfloat16 time", "time embedding", {"method": "scm"}, {"bf16_time": True}, against="sCM"),
     Row("rCM, tangent warm-up", "tangent warm-up", RCM | {"tangent_warmup": "WARMUP"}),
-    Row("sCM, tangent warm-up", "tangent warm-up", {"method": "scm", "tangent_warmup": "WARMUP"}),
+    Row("sCM, tangent warm-up", "tangent warm-up", {"method": "scm", "tangent_warmup": "WARMUP"}, against="sCM"),
     Row("rCM, finite differences", "tangent", RCM | {"tangent": "finite_difference"}),
-    Row("sCM, finite differences", "tangent", {"method": "scm", "tangent": "finite_difference"}),
+    Row("sCM, finite differences", "tangent", {"method": "scm", "tangent": "finite_difference"}, against="sCM"),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
