@@ -50,7 +50,7 @@ test-slurm: setup
 test-faults: setup
 	$(BIN)/python -m pytest -s -m faults tests/test_faults.py
 
-# The part of the quality laboratory that needs no GPU: docs/quality says what it shows. An hour on two cores; goes on where it was.
+# The part of the quality laboratory that needs no GPU: docs/quality says what it shows. Two hours on two cores; goes on where it was.
 .PHONY: lab
 lab: setup
 	$(BIN)/python tools/lab.py plane

@@ -1,7 +1,7 @@
 """The quality laboratory: every method of distillation from the same teacher and data, measured and pictured (docs/quality).
 
     python tools/lab.py plane                     # eight modes in the plane, exact distributions: 25 minutes of a core
-    python tools/lab.py digits                    # moving digits: an hour on two cores
+    python tools/lab.py digits                    # moving digits: an hour and a half on two cores
     python tools/lab.py scenes --jobs 3           # rendered scenes with captions: a GPU, or several, to which jobs are dealt
     python tools/lab.py digits --rows rCM sCM --seeds 3 --jobs 2
     python tools/lab.py report plane digits       # tables and pictures of what is there
