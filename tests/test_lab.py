@@ -90,7 +90,9 @@ def test_differences_are_of_the_same_seed(tmp_path):
             by_steps = {"1": {"Frechet": luck[seed] + add + 0.1 * seed * add, "diversity": 1.0}}
             result = {"row": name, "group": "methods", "seed": seed, "by_steps": by_steps}
             results.write_json(tmp_path / name / f"seed_{seed}" / results.RESULT, result)
+    results.write_json(tmp_path / "baselines.json", {"real data": [{"Frechet": 0.25, "diversity": 2.0}]})
     text = results.tables(tmp_path, rows.ROWS, compared=["Frechet"])
+    assert [line for line in text.splitlines() if "real data" in line] == ["| real data | 0.250 | 2.00 |"]
     assert [line for line in text.splitlines() if "DMD2" in line] == ["| DMD2, 1 | 10.0 | 1.00 |"]
     several, alone = text.split("### Of one run only, and so without an interval")
     assert several.count("### ") == 1 and "| DMD2, 1 |" in alone
@@ -156,6 +158,8 @@ def study(tmp_path_factory):
     first = lab("plane", "--quick", "--rows", "sCM", "--seeds", 2, "--jobs", 1, "--out", out)
     assert first.returncode == 0, first.stderr
     before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    known = results.read_baselines(out / "plane_quick")
+    results.write_json(out / "plane_quick" / "baselines.json", {label: runs[:1] for label, runs in known.items()})
     second = lab("plane", "--quick", "--rows", "sCM", "MeanFlow", "--seeds", 2, "--jobs", 2, "--out", out)
     assert second.returncode == 0, second.stderr
     return out, before
@@ -164,6 +168,7 @@ def study(tmp_path_factory):
 def test_what_is_there_is_not_done_again(study):
     out, before = study
     after = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert {len(runs) for runs in results.read_baselines(out / "plane_quick").values()} == {2}, "of as many seeds as the rows"
     assert len(before) == 2 and len(after) == 4 and before.items() <= after.items()
 
 
@@ -238,3 +243,6 @@ def test_tables_name_what_has_one_run(tmp_path):
     (tmp_path / "rCM" / "seed_0" / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"seed_0/result.json cannot be read"):
         results.read_results(tmp_path)
+    (tmp_path / "baselines.json").write_text("{")
+    with pytest.raises(ValueError, match=r"baselines.json cannot be read"):
+        results.read_baselines(tmp_path)

@@ -53,12 +53,12 @@ def folder(out: Path, task: str, quick: bool) -> Path:
 
 def run_all(args: argparse.Namespace) -> int:
     """Prepare a task, then every run that has no result, `--jobs` at a time; returns how many have failed."""
-    from rcm_mcore.lab.results import RESULT
+    from rcm_mcore.lab.results import RESULT, read_baselines
 
     root, task = folder(args.out, args.command, args.quick), task_of(args.command)
     rows = rows_of(args.command, args.rows)
     task.prepare(root, quick=args.quick)
-    if not (root / "baselines.json").exists():
+    if min(map(len, read_baselines(root).values()), default=0) < args.seeds:
         task.baselines(root, seeds=args.seeds, quick=args.quick)
     runs = [(row, seed) for seed in range(args.seeds) for row in rows]
     left = [(row, seed) for row, seed in runs if not (root / row.slug / f"seed_{seed}" / RESULT).exists()]

@@ -71,8 +71,7 @@ def commit() -> str | None:
 
 def write_record(task: Path, path: Path) -> None:
     """Every result of a task and its baselines in one JSON file, which the tables and plots can be made of again."""
-    baselines = json.loads((task / "baselines.json").read_text(encoding="utf-8"))
-    write_json(path, {"results": read_results(task), "baselines": baselines})
+    write_json(path, {"results": read_results(task), "baselines": read_baselines(task)})
 
 
 def read_results(task: Path) -> list[dict[str, Any]]:
@@ -84,6 +83,15 @@ def read_results(task: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path} cannot be read ({error}): remove it, and its run is done again") from None
     return found
+
+
+def read_baselines(task: Path) -> dict[str, list[dict[str, Any]]]:
+    """Label -> measures of each seed of real data and the teacher; none before they were made. ValueError as `read_results`."""
+    path = task / "baselines.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and it is made again") from None
 
 
 def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -102,8 +110,7 @@ def tables(task: Path, order: Sequence[Row], *, compared: Sequence[str]) -> str:
     `compared`: measures of the second table.
     """
     results = read_results(task)
-    baselines = task / "baselines.json"
-    known = json.loads(baselines.read_text(encoding="utf-8")) if baselines.exists() else {}
+    known = read_baselines(task)
     of_baselines = {label: [_exact(runs, run) for run in runs] for label, runs in known.items() if len(runs) > 1}
     by_steps = {steps: by_row(results, steps) for steps in STEPS}
     text = []
@@ -155,8 +162,7 @@ def trade_off(task: Path, path: Path, *, quality: str, diversity: str, order: Se
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    results = read_results(task)
-    baselines = json.loads((task / "baselines.json").read_text(encoding="utf-8"))
+    results, baselines = read_results(task), read_baselines(task)
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharex=True, sharey=True)
     colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
     means = [runs[0][quality] for runs in baselines.values()]

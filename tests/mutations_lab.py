@@ -1,0 +1,46 @@
+"""Mistakes that were easy to make (mutations.py). Of the laboratory: who runs where, and what is compared with what."""
+
+from mutation import mutations
+
+REPORT = mutations(
+    "rcm_mcore/lab/results.py",
+    "tests/test_lab.py",
+    ("runs[seed][name] - others[seed][name]", "runs[seed][name] - others[min(others)][name]",
+     "test_differences_are_of_the_same_seed"),
+    ("others = {row.against for row in own}", "others = {order[0].name}", "test_variants_of_scm_are_compared_with_scm"),
+    ("row.name != row.against and row.against in found", "row.against in found", "test_differences_are_of_the_same_seed"),
+    ("for label, runs in known.items() if len(runs) > 1}", "for label, runs in known.items()}",
+     "test_differences_are_of_the_same_seed"),
+    ('row.name if len(stages) == 1 else f"{row.name}, stage {i}"', "row.name", "test_logs_of_stages"),
+)  # fmt: skip
+
+ROWS = mutations(
+    "rcm_mcore/lab/rows.py",
+    "tests/test_lab.py",
+    ('"bf16_time": True}, against="sCM")', '"bf16_time": True})', "test_variants_of_scm_are_compared_with_scm"),
+)
+
+GPUS = mutations(
+    "rcm_mcore/lab/scene_task.py",
+    "tests/test_lab.py",
+    ("    while batch % ranks:\n", "    while False:\n",
+     "test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch"),
+) + mutations(
+    "tools/lab.py",
+    "tests/test_lab.py",
+    ("visible[i % count] if count > 1", "visible[0] if count > 1", "test_jobs_are_dealt_to_the_gpus"),
+    ('os.environ["CUDA_VISIBLE_DEVICES"] = gpu', "pass", "test_a_job_sees_its_gpu"),
+) + mutations(
+    "rcm_mcore/lab/videos.py",
+    "tests/test_lab.py",
+    ('"--standalone", f"--nproc-per-node={ranks}"] if ranks > 1', '"--standalone", "--nproc-per-node=1"] if ranks > 1',
+     "test_a_run_on_two_ranks"),
+)  # fmt: skip
+
+SAMPLER = mutations(
+    "rcm_mcore/sampling/sampler.py",
+    "tests/test_sample.py",
+    ("if self._joined and dist.is_initialized():", "if False:", "test_samplers_leave_nothing_behind"),
+)
+
+MUTATIONS = [*REPORT, *ROWS, *GPUS, *SAMPLER]
