@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -52,28 +53,30 @@ def folder(out: Path, task: str, quick: bool) -> Path:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Prepare a task, then every run that has no result, `--jobs` at a time; returns how many have failed."""
+    """Prepare a task, then baselines and every run that has no result, `--jobs` at a time; returns how many have failed."""
     from rcm_mcore.lab.results import RESULT, read_baselines
 
     root, task = folder(args.out, args.command, args.quick), task_of(args.command)
     rows = rows_of(args.command, args.rows)
     task.prepare(root, quick=args.quick)
-    if min(map(len, read_baselines(root).values()), default=0) < args.seeds:
-        task.baselines(root, seeds=args.seeds, quick=args.quick)
+    has_baselines = min(map(len, read_baselines(root).values()), default=0) >= args.seeds
     runs = [(row, seed) for seed in range(args.seeds) for row in rows]
     left = [(row, seed) for row, seed in runs if not (root / row.slug / f"seed_{seed}" / RESULT).exists()]
+    jobs = [] if has_baselines else [("baselines", partial(task.baselines, root, seeds=args.seeds, quick=args.quick))]
+    jobs += [
+        (f"{row.name}, seed {seed}", partial(task.run, row, seed, root / row.slug / f"seed_{seed}", quick=args.quick))
+        for row, seed in left
+    ]
     failed = 0
     # Spawned, because torch and its threads do not survive a fork.
-    context, jobs = multiprocessing.get_context("spawn"), min(args.jobs, max(1, len(left)))
+    context, workers = multiprocessing.get_context("spawn"), min(args.jobs, max(1, len(jobs)))
     gpus = context.Queue()
-    for gpu in gpus_of_jobs(jobs):
+    for gpu in gpus_of_jobs(workers):
         gpus.put(gpu)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=begin, initargs=(gpus,))
-    with pool, tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", dynamic_ncols=True) as bar:
-        started = {
-            pool.submit(task.run, row, seed, root / row.slug / f"seed_{seed}", quick=args.quick): f"{row.name}, seed {seed}"
-            for row, seed in left
-        }
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=begin, initargs=(gpus,))
+    done = len(runs) - len(left)
+    with pool, tqdm(total=done + len(jobs), initial=done, unit="run", dynamic_ncols=True) as bar:
+        started = {pool.submit(job): label for label, job in jobs}
         for run in as_completed(started):
             if error := run.exception():
                 failed += 1

@@ -117,7 +117,7 @@ def prepare(root: Path, *, quick: bool = False) -> None:
         train_codec(seed=0, channels=LATENT[0], steps=sizes["codec"], device=device(), **small).save(root / "codec.safetensors")
     codec = SceneCodec.load(root / "codec.safetensors", device=device())
     print(f"codec: {codec.facts}", flush=True)
-    processes = 1 if quick else max(1, min(12, (os.cpu_count() or 1) - 2))
+    processes = 1 if quick else max(1, min(40, (os.cpu_count() or 1) - 2))
     write_dataset(root / "data", codec, count=sizes["samples"], seed=1, processes=processes, device=device())
     if not (root / "reader.safetensors").exists():
         train_reader(seed=0, codec=codec, steps=sizes["reader"], device=device(), **small).save(root / "reader.safetensors")
