@@ -138,7 +138,7 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
     scene_task.train_teacher(tmp_path)
     ((path, overrides, found),) = called
     config = load_config(path, overrides)
-    assert found == ranks and config.train.micro_batch_size * ranks == config.train.global_batch_size == 128
+    assert found == ranks and config.train.micro_batch_size * ranks == config.train.global_batch_size == 512
 
 
 def test_a_run_on_two_ranks(tmp_path):

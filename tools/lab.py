@@ -60,7 +60,8 @@ def run_all(args: argparse.Namespace) -> int:
     rows = rows_of(args.command, args.rows)
     task.prepare(root, quick=args.quick)
     has_baselines = min(map(len, read_baselines(root).values()), default=0) >= args.seeds
-    runs = [(row, seed) for seed in range(args.seeds) for row in rows]
+    groups = dict.fromkeys(row.group for row in rows)  # one is whole before the next begins
+    runs = [(row, seed) for group in groups for seed in range(args.seeds) for row in rows if row.group == group]
     left = [(row, seed) for row, seed in runs if not (root / row.slug / f"seed_{seed}" / RESULT).exists()]
     jobs = [] if has_baselines else [("baselines", partial(task.baselines, root, seeds=args.seeds, quick=args.quick))]
     jobs += [

@@ -28,8 +28,8 @@ from rcm_mcore.lab.scenes import Stated, draw_scenes, legibility, parse_prompts,
 
 NAME = "scenes"
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where examples/ is
-UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 600, 64, 8, 32
-SIZES = dict(codec=3000, reader=3000, samples=100_000, teacher=12_000)
+UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
+SIZES = dict(codec=3000, reader=3000, samples=100_000, teacher=3000)
 QUICK = dict(codec=4, reader=4, samples=32, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
 GUIDANCE = 2.0

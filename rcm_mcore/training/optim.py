@@ -75,11 +75,13 @@ class AdamWNoMomentum(torch.optim.AdamW):
 def _at_a_time(params: list[Tensor], elements: int = 1 << 26) -> Iterator[list[Tensor]]:
     """`params` in order, in lists of at most so many elements, or of one: so much that is offloaded is here at once."""
     some: list[Tensor] = []
+    held = 0
     for param in params:
-        if some and sum(p.numel() for p in some) + param.numel() > elements:
+        if some and held + param.numel() > elements:
             yield some
-            some = []
+            some, held = [], 0
         some.append(param)
+        held += param.numel()
     if some:
         yield some
 
