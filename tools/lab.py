@@ -124,7 +124,7 @@ def report(args: argparse.Namespace) -> None:
         root, task, rows = folder(args.out, name, args.quick), task_of(name), rows_of(name, None)
         traded = [row.name for row in rows if row.group in (METHODS, WEIGHTS)]  # as many as there are colours
         measures = dict(quality=task.QUALITY, diversity=task.DIVERSITY)
-        text = tables(root, rows, compared=list(measures.values()))
+        text = tables(root, rows, compared=task.COMPARED)
         methods = [row.name for row in rows if row.group == METHODS]
         trade_off(root, target / f"{name}_trade_off.png", **measures, order=traded, title=name)
         task.picture(root, target / f"{name}.png", methods)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout, where examples/ and 
 UPDATES, TEACHER_STEPS, PER_PROMPT = 300, 5000, 10
 QUICK = dict(updates=6, teacher=12, classifier=60)
 QUALITY, DIVERSITY = "Frechet", "diversity"
+COMPARED = (QUALITY, DIVERSITY)
 GUIDANCE = 1.75  # docs/benchmarks/demo_cpu_202611.md: best of this teacher
 
 

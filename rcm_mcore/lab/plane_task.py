@@ -25,6 +25,7 @@ WIDTH = 128
 SCM_WEIGHT = 10.0
 SETTINGS = dict(student_every=2, time_g={"mean": -0.8, "std": 1.6})
 QUALITY, DIVERSITY = "outside", "mode_error"
+COMPARED = (QUALITY, DIVERSITY)
 BESIDE = ("data", "teacher, Euler 50", "teacher, Euler 4")  # in pictures
 
 

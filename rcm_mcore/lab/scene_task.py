@@ -32,7 +32,8 @@ UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
 SIZES = dict(codec=3000, reader=3000, samples=100_000, teacher=3000)
 QUICK = dict(codec=4, reader=4, samples=32, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
-GUIDANCE = 2.0
+COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "characters %", "motion %")  # in the table of differences
+GUIDANCE = 3.0
 LATENT = (16, 5, 16, 16)
 _PROMPT_SEED = 1_000_003  # of the scenes that prompts are taken from; training has others
 _TINY = (
