@@ -38,7 +38,8 @@ DATA = mutations(
     "rcm_mcore/data/shards.py",
     "tests/test_shards.py",
     ("weights_only=True", "weights_only=False", "test_a_malicious_pickle_is_refused_not_run"),
-    ("if not tensors[name].sum().isfinite()", "if tensors[name].sum().isnan()", "test_bad_samples_are_skipped_counted_and_logged"),
+    ("if not tensors[name].sum().isfinite()", "if tensors[name].sum().isnan()",
+     "test_bad_samples_are_skipped_counted_and_logged"),
     ('if model.condition == "first_last" and sample.latent', 'if model.condition == "other" and sample.latent',
      "test_samples_without_what_an_image_network_takes_are_bad_and_fine_for_others"),
 ) + mutations(

@@ -16,8 +16,13 @@ import torch
 from rcm_mcore.checkpoint import read_network
 from rcm_mcore.config import load_config, parse_config
 from rcm_mcore.lab import results, rows, scene_task, videos
+from rcm_mcore.lab.adherence import judge, mean_of
+from rcm_mcore.lab.codec import SceneCodec, psnr
 from rcm_mcore.lab.plane import make_config
 from rcm_mcore.lab.plane_task import scaled
+from rcm_mcore.lab.reader import SceneReader
+from rcm_mcore.lab.scenes import prompt_of, render
+from rcm_mcore.lab.stream import scenes_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +122,8 @@ def test_jobs_are_dealt_to_the_gpus(monkeypatch, count, visible, expected):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert tool().gpus_of_jobs(3) == expected
+    assert tool().default_jobs("scenes") == (4 * count or os.cpu_count())
+    assert tool().default_jobs("plane") == os.cpu_count()
 
 
 def test_a_job_sees_its_gpu(monkeypatch):
@@ -132,7 +139,9 @@ def test_a_job_sees_its_gpu(monkeypatch):
 def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monkeypatch, tmp_path, count, ranks):
     called = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(scene_task.videos, "train", lambda path, overrides, ranks: called.append((path, overrides, ranks)))
+    monkeypatch.setattr(
+        scene_task.videos, "train", lambda path, overrides, ranks, show: called.append((path, overrides, ranks))
+    )
     monkeypatch.setattr(scene_task, "read_network", lambda *_, **__: ())
     monkeypatch.setattr(scene_task, "write_network", lambda *_: None)
     scene_task.train_teacher(tmp_path)
@@ -141,12 +150,29 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
     assert found == ranks and config.train.micro_batch_size * ranks == config.train.global_batch_size == 512
 
 
-def test_a_run_on_two_ranks(tmp_path):
+def test_scenes_are_judged_by_the_networks_of_the_example(monkeypatch, tmp_path):
+    monkeypatch.setattr(scene_task, "train_teacher", lambda root, quick: None)
+    monkeypatch.setattr(scene_task, "write_dataset", lambda *_, **__: None)
+    scene_task.prepare(tmp_path)
+    shipped = ROOT / "examples" / "scenes"
+    codec, reader = (SceneCodec.load(tmp_path / "codec.safetensors"), SceneReader.load(tmp_path / "reader.safetensors"))
+    for name in ("codec.safetensors", "reader.safetensors"):
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
+    scenes = scenes_for("held out", 64, seed=7)  # as rendered by the code of today
+    videos = render(scenes, "cpu")
+    decoded = codec.decode(codec.encode(videos))
+    found = mean_of(judge(reader.read(decoded), prompt_of(scenes)))
+    assert psnr(videos, decoded) > 28 and found.all > 0.6 and found.characters > 0.98
+    assert abs(codec.facts["psnr"] - psnr(videos, decoded)) < 1
+
+
+def test_a_run_on_two_ranks(tmp_path, capsys):
     tiny.make_shards(tmp_path / "shards")
     config = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "shards", tmp_path / "run", train={"steps": 2}))
     with pytest.raises(RuntimeError, match=r"train\.steps=0"):
         videos.train(config, ["train.steps=0"])
-    videos.train(config, [], ranks=2)
+    videos.train(config, [], ranks=2, show=True)
+    assert "step 2 of 2: pretrain" in capsys.readouterr().out
     started = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
     assert started["event"] == "started" and started["ranks"] == 2
 

@@ -2,7 +2,7 @@
 
     python tools/lab.py plane                     # eight modes in the plane, exact distributions: 25 minutes of a core
     python tools/lab.py digits                    # moving digits: an hour and a half on two cores
-    python tools/lab.py scenes --jobs 3           # rendered scenes with captions: a GPU, or several, to which jobs are dealt
+    python tools/lab.py scenes                    # rendered scenes with captions: a GPU, or several, to which jobs are dealt
     python tools/lab.py digits --rows rCM sCM --seeds 3 --jobs 2
     python tools/lab.py report plane digits       # tables and pictures of what is there
 
@@ -70,7 +70,7 @@ def run_all(args: argparse.Namespace) -> int:
     ]
     failed = 0
     # Spawned, because torch and its threads do not survive a fork.
-    context, workers = multiprocessing.get_context("spawn"), min(args.jobs, max(1, len(jobs)))
+    context, workers = multiprocessing.get_context("spawn"), min(args.jobs or default_jobs(args.command), max(1, len(jobs)))
     gpus = context.Queue()
     for gpu in gpus_of_jobs(workers):
         gpus.put(gpu)
@@ -93,6 +93,14 @@ def gpus_of_jobs(jobs: int) -> list[str | None]:
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return [visible[i % count] if count > 1 else None for i in range(jobs)]
+
+
+def default_jobs(task: str) -> int:
+    """Four a GPU, which one alone would leave waiting for Python; one a core without GPUs, and in the plane."""
+    import torch
+
+    gpus = 0 if task == "plane" else torch.cuda.device_count()
+    return 4 * gpus or os.cpu_count() or 1
 
 
 def begin(gpus) -> None:
@@ -145,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=f"train and measure the students of {name}")
         command.add_argument("--rows", nargs="+", help="names of rows or groups; default all")
         command.add_argument("--seeds", type=int, default=3, help="runs of each row; intervals need 2 (default %(default)s)")
-        command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: cores)")
+        command.add_argument("--jobs", type=int, help="runs at a time (default: four a GPU, or cores)")
     command = commands.add_parser("report", help="tables and pictures")
     command.add_argument("tasks", nargs="+", choices=TASKS)
     for command in commands.choices.values():
@@ -161,7 +169,7 @@ def main() -> int:
         if args.command == "report":
             report(args)
             return 0
-        if min(args.seeds, args.jobs) < 1:
+        if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
             raise ValueError(f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1")
         return 1 if run_all(args) else 0
     except ValueError as error:

@@ -76,7 +76,7 @@ def prepare(root: Path, *, quick: bool = False) -> None:
         "train.micro_batch_size=32",
         "checkpoint.every=1000",
     ]
-    videos.train(ROOT / "examples" / "digits" / "teacher.yaml", overrides)
+    videos.train(ROOT / "examples" / "digits" / "teacher.yaml", overrides, show=True)
 
 
 def baselines(root: Path, *, seeds: int, quick: bool = False) -> None:

@@ -1,12 +1,14 @@
 """Task (c): rendered scenes (scenes.py) in the latents of a learned codec, for one GPU.
 
 Codec, reader and teacher are trained on the scenes themselves and kept beside the results: codec.safetensors,
-reader.safetensors, data/, teacher_run/ and, of that run's EMA, teacher/.
+reader.safetensors, data/, teacher_run/ and, of that run's EMA, teacher/. Codec and reader are those of examples/scenes, so that
+numbers of different studies can be compared; without them there they are trained anew.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,9 +113,12 @@ def video_task(root: Path, *, quick: bool = False) -> videos.VideoTask:
 
 def prepare(root: Path, *, quick: bool = False) -> None:
     """Codec, reader, data and teacher; what is there is used again."""
-    sizes = QUICK if quick else SIZES
+    sizes, shared = QUICK if quick else SIZES, ROOT / "examples" / "scenes"
     small: dict[str, Any] = dict(batch_size=4, width=8, heldout=4) if quick else {}
     root.mkdir(parents=True, exist_ok=True)
+    for name in ("codec.safetensors", "reader.safetensors"):
+        if not quick and not (root / name).exists() and (shared / name).exists():
+            shutil.copyfile(shared / name, root / name)
     if not (root / "codec.safetensors").exists():
         train_codec(seed=0, channels=LATENT[0], steps=sizes["codec"], device=device(), **small).save(root / "codec.safetensors")
     codec = SceneCodec.load(root / "codec.safetensors", device=device())
@@ -143,7 +148,7 @@ def train_teacher(root: Path, *, quick: bool = False) -> None:
         *task.train_overrides,
         f"train.micro_batch_size={batch // ranks}",
     ]
-    videos.train(path, overrides, ranks=ranks)
+    videos.train(path, overrides, ranks=ranks, show=True)
     write_network(root / "teacher", *read_network(root / "teacher_run", which="ema"))
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,14 +75,23 @@ class VideoTask:
         )
 
 
-def train(config: Path, overrides: Sequence[str], *, ranks: int = 1) -> None:
-    """A run to its end, continued if it was begun. Raises RuntimeError with the end of its output if it fails."""
+def train(config: Path, overrides: Sequence[str], *, ranks: int = 1, show: bool = False) -> None:
+    """A run to its end, continued if it was begun; its lines of steps are repeated if they are to be shown.
+
+    Raises RuntimeError with the end of its output if it fails.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "rcm_mcore.train", str(config), *overrides]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stdout[-3000:]}")
+    last: deque[str] = deque(maxlen=50)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line)
+            if show and " INFO step " in line:
+                print(line, end="", flush=True)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}:\n{''.join(last)}")
 
 
 def train_student(task: VideoTask, row: Row, seed: int, out: Path, *, updates: int) -> Path:
