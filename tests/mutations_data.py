@@ -21,6 +21,23 @@ PIPELINE = mutations(
     ("(len(trained) + distill)", "len(trained)", "test_states_of_14b_are_those_of_the_design[mesh0-179-0]"),
 )  # fmt: skip
 
+WORKERS = mutations(
+    "rcm_mcore/data/workers.py",
+    "tests/test_data_workers.py",
+    ("samples[0] // self._dp_size % workers)", "0)", "test_batches_are_those_of_a_thread"),
+    ("if v % size == rank}", "if v % size == 0}", "test_a_run_goes_on_with_other_processes"),
+    ("if self.bad_samples > self._limit:", "if False:", "test_bad_samples_are_logged_here_and_counted_together"),
+    ("logging.getLogger(record.name).handle(record)", "pass", "test_bad_samples_are_logged_here_and_counted_together"),
+    ("self._waits = message.shard, time.monotonic() - message.seconds", "pass", "test_a_shard_that_gives_nothing_is_named"),
+    ("signal.signal(number, signal.SIG_IGN)", "pass", "test_a_process_that_dies_ends_the_run_by_name"),
+    ("            process.kill()\n", "            pass\n", "test_a_shard_that_gives_nothing_is_named"),
+) + mutations(
+    "rcm_mcore/data/loader.py",
+    "tests/test_data_workers.py",
+    ('"bad_samples": self._processes.bad_samples}', "}", "test_bad_samples_are_logged_here_and_counted_together"),
+    ("state=self._state)", "state=self._readers.state() | {'samples': 0})", "test_a_run_goes_on_with_other_processes"),
+)  # fmt: skip
+
 DATA = mutations(
     "rcm_mcore/data/readers.py",
     "tests/test_data.py",

@@ -153,6 +153,7 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
 def test_scenes_are_judged_by_the_networks_of_the_example(monkeypatch, tmp_path):
     monkeypatch.setattr(scene_task, "train_teacher", lambda root, quick: None)
     monkeypatch.setattr(scene_task, "write_dataset", lambda *_, **__: None)
+    monkeypatch.setattr(scene_task, "train_codec", lambda **_: pytest.fail("the codec of the example was not taken"))
     scene_task.prepare(tmp_path)
     shipped = ROOT / "examples" / "scenes"
     codec, reader = (SceneCodec.load(tmp_path / "codec.safetensors"), SceneReader.load(tmp_path / "reader.safetensors"))

@@ -38,6 +38,7 @@ MODULES = {"urllib", "requests", "http", "httpx", "aiohttp", "ftplib", "smtplib"
 # (file, what): why it is safe. An entry that is no longer needed is an error too.
 ALLOWED = {
     ("rcm_mcore/interop/dcp.py", "pickle.Unpickler"): "the base of one that refuses every name but the parts of an index",
+    ("rcm_mcore/data/workers.py", "pickle.load"): "between a training and processes that it started, over pipes of their own",
     ("rcm_mcore/checkpoint/folder.py", "os.open"): "of a folder, to have its names on the disk; nothing is made",
     ("rcm_mcore/training/wandb_run.py", "wandb"): "only where log.wandb=true asks for it",
     ("rcm_mcore/evaluation/extractor.py", "torch.export.load"): "only with --run-extractor",

@@ -33,12 +33,16 @@ class DataConfig:
     given_frames: tuple[int, ...] = (1, 2)  # model.condition=frames: latent frames that are given, drawn for each sample
     readers: int = 64  # virtual readers; the data-parallel size must divide them
     max_bad_samples: int = 100  # a run stops when one rank has skipped more
+    workers: int = (
+        0  # processes of a data-parallel rank that read; 0: a thread does, which small samples keep from sharing Python
+    )
     prefetch: int = 2  # batches prepared ahead
     stall_minutes: float = 10.0  # a run ends when one sample takes longer to read; waits are warned about before
 
     def __post_init__(self) -> None:
         _at_least("data.readers", self.readers, 1)
         _at_least("data.max_bad_samples", self.max_bad_samples, 0)
+        _at_least("data.workers", self.workers, 0)
         _at_least("data.prefetch", self.prefetch, 1)
         if not self.stall_minutes > 0:
             raise ValueError(f"data.stall_minutes={self.stall_minutes}: must be positive")

@@ -6,17 +6,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rcm_mcore.config import DataConfig, ModelConfig
-from rcm_mcore.data.readers import RankReaders
+from rcm_mcore.data.readers import RankReaders, Rows
 from rcm_mcore.data.shards import Sample
+from rcm_mcore.data.workers import ReaderProcesses
 
 logger = logging.getLogger(__name__)
 _WARN_SECONDS = 60.0  # of waiting, between warnings
@@ -57,7 +57,8 @@ class Batch:
 class DataLoader:
     """Endless iterator over the batches of one data-parallel rank.
 
-    A thread, started with the first batch, keeps up to data.prefetch batches ready. Its exceptions are raised where
+    A thread, started with the first batch, keeps up to data.prefetch batches ready; it reads the samples itself, or has
+    data.workers processes do it (workers.py), to the same batches and positions. Its exceptions are raised where
     the batch it was preparing would have been returned. A wait for it is warned about every minute, and raises DataStalled
     when one sample has taken data.stall_minutes. Use as a context manager, or call `close`.
 
@@ -71,7 +72,8 @@ class DataLoader:
             one data-parallel rank one reads, and sends the others what it read. The state of one that does not is void.
         start_step: the step of the first batch.
         transform: applied to each batch in the thread, for example to draw noise; what it returns is iterated over.
-    Raises: ValueError for what `RankReaders` refuses, and a global batch that the data-parallel size does not divide.
+    Raises: ValueError for what `RankReaders` refuses, a global batch that the data-parallel size does not divide, and readers
+        that the processes cannot share.
     """
 
     def __init__(
@@ -92,10 +94,18 @@ class DataLoader:
                 f"train.global_batch_size={global_batch_size} is not divisible by the data-parallel size {dp_size}: "
                 f"set it to a multiple of {dp_size}"
             )
-        self._readers = RankReaders(config, model=model, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
+        self._workers = config.workers
+        if self._workers and config.readers % (dp_size * self._workers):
+            raise ValueError(
+                f"data.workers={self._workers}: data.readers={config.readers} is not divisible by data-parallel size {dp_size} "
+                f"times data.workers; set data.readers to a multiple of {dp_size * self._workers}"
+            )
+        own: dict[str, Any] = dict(model=model, seed=seed, dp_rank=dp_rank, dp_size=dp_size)
+        self._readers = RankReaders(config, **own)
+        self._reading = dict(own, config=config, global_batch_size=global_batch_size)
+        self._processes: ReaderProcesses | None = None
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self._reads, self._transform = reads, transform
-        self._takes_images = model.condition in ("image", "first_last")
         self._prefetch, self._stall_minutes = config.prefetch, config.stall_minutes
         self._step = start_step
         self._samples = start_step * global_batch_size
@@ -152,6 +162,8 @@ class DataLoader:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._processes is not None:
+            self._processes.close()
         if self._thread is not None:
             self._thread.join(_JOIN_SECONDS)
             if self._thread.is_alive():
@@ -184,7 +196,8 @@ class DataLoader:
 
     def _place(self) -> tuple[str, float | None]:
         """The shard being read and for how long; without the time where the thread is at something else."""
-        return self._readers.reading() or ("the thread that prepares batches", None)
+        reading = (self._readers if self._processes is None else self._processes).reading()
+        return reading or ("the thread that prepares batches", None)
 
     def _run(self) -> None:
         try:
@@ -209,32 +222,38 @@ class DataLoader:
 
     def _next_batch(self) -> Batch | None:
         """The next batch, or None when the loader is closed meanwhile."""
-        samples: list[Sample] = []
         slots = [j for j in range(self._global_batch_size) if (self._samples + j) % self._dp_size == self._dp_rank]
-        for slot in slots:
-            if self._closed:
-                return None
-            if self._reads:
-                samples.append(self._readers.read(self._samples + slot))
+        rows = self._read([self._samples + slot for slot in slots])
+        if rows is None:
+            return None
         self._samples += self._global_batch_size
         self._step += 1
         return Batch(
-            latents=_stack(sample.latent for sample in samples),
-            text=_stack(sample.embed for sample in samples),
-            given=_stack(sample.given for sample in samples) if self._takes_images else None,
-            image=_stack(sample.image for sample in samples) if self._takes_images else None,
-            prompts=tuple(sample.prompt for sample in samples),
-            keys=tuple(sample.key for sample in samples),
+            **{field.name: getattr(rows, field.name) for field in fields(rows)},
             slots=tuple(slots),
             step=self._step - 1,
             state=self._position(),
         )
 
+    def _read(self, numbers: list[int]) -> Rows | None:
+        """The samples of these numbers in the run, or none where the loader does not read; None when it is closed meanwhile."""
+        if not self._reads:
+            return self._readers.rows([])
+        if self._workers:
+            if self._processes is None:
+                self._processes = ReaderProcesses(**self._reading, state=self._state)
+            if self._closed:
+                self._processes.close()
+            return self._processes.read(numbers)
+        samples: list[Sample] = []
+        for number in numbers:
+            if self._closed:
+                return None
+            samples.append(self._readers.read(number))
+        return self._readers.rows(samples)
+
     def _position(self) -> dict[str, Any]:
-        return {**self._readers.state(), "samples": self._samples}
-
-
-def _stack(rows: Iterable[Tensor | None]) -> Tensor:
-    """One batch of them; [0] of none."""
-    present = [row for row in rows if row is not None]
-    return torch.stack(present) if present else torch.empty(0)
+        state = {**self._readers.state(), "samples": self._samples}
+        if self._processes is not None:
+            state |= {"readers": dict(self._processes.positions), "bad_samples": self._processes.bad_samples}
+        return state

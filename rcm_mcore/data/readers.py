@@ -13,10 +13,13 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from braceexpand import braceexpand  # a requirement of webdataset, whose shard notation this is
+from torch import Tensor
 
 from rcm_mcore.config import DataConfig, ModelConfig
 from rcm_mcore.data.shards import BadSample, DamagedShard, Members, Sample, Shard, fit_sample
@@ -163,6 +166,18 @@ class VirtualReader:
         on_bad(path, key, str(error))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Samples one behind the other; shapes: see `loader.Batch`."""
+
+    latents: Tensor
+    text: Tensor
+    given: Tensor | None
+    image: Tensor | None
+    prompts: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
 class RankReaders:
     """The virtual readers of one data-parallel rank, with their checks and counts. Open files: at most V / R.
 
@@ -209,6 +224,18 @@ class RankReaders:
         finally:
             self._asked = None
 
+    def rows(self, samples: Sequence[Sample]) -> Rows:
+        """Samples, or none, as tensors; `given` and `image` where the model takes them."""
+        takes_images = self._model.condition in ("image", "first_last")
+        return Rows(
+            latents=_stack(sample.latent for sample in samples),
+            text=_stack(sample.embed for sample in samples),
+            given=_stack(sample.given for sample in samples) if takes_images else None,
+            image=_stack(sample.image for sample in samples) if takes_images else None,
+            prompts=tuple(sample.prompt for sample in samples),
+            keys=tuple(sample.key for sample in samples),
+        )
+
     def reading(self) -> tuple[str, float] | None:
         """The shard that a `read` in another thread is at, and the seconds since it began; None between reads."""
         asked = self._asked
@@ -239,6 +266,10 @@ class RankReaders:
                 f"data.readers={self._config.readers} does not match the saved position, which holds "
                 f"{len(positions)} readers: resume with the value the run was started with"
             )
+        self.seek(positions)
+
+    def seek(self, positions: Mapping[int, Sequence[int]]) -> None:
+        """Moves each reader to its position (`VirtualReader.position`)."""
         for v, reader in self._readers.items():
             reader.seek(*positions[v])
 
@@ -254,6 +285,12 @@ class RankReaders:
         logger.warning("bad sample %s in %s skipped (%d so far, data.max_bad_samples=%d): %s", key, shard, bad, limit, reason)
         if bad > limit:
             raise ValueError(f"data.max_bad_samples={limit}: this rank has skipped {bad}, the last {key} in {shard}: {reason}")
+
+
+def _stack(rows: Iterable[Tensor | None]) -> Tensor:
+    """One batch of them; [0] of none."""
+    present = [row for row in rows if row is not None]
+    return torch.stack(present) if present else torch.empty(0)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

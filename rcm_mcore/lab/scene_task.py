@@ -47,6 +47,7 @@ _TINY = (
     "train.global_batch_size=2",
     "train.micro_batch_size=2",
     "data.readers=1",
+    "data.workers=0",
 )
 
 

@@ -75,7 +75,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     if config.train.objective == "distill":
         check_starts(config)
     with DataLoader(
-        config=config.data,
+        config=replace(config.data, workers=0),
         model=config.model,
         seed=train.seed,
         global_batch_size=dp,
