@@ -237,10 +237,17 @@ def test_a_task_of_videos_from_nothing_to_a_report(tmp_path):
     assert read_network(folder / "student")
     assert not list(folder.glob("stage_*/step_*")), "the checkpoints of stages are several times what they led to"
     assert [len(path.read_text().splitlines()) for path in sorted(folder.glob("stage_*/log.jsonl"))] == [2, 2, 4]
+    done = lab("guidance", "scenes", "--quick", "--values", 3, 1.5, "--jobs", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")][2:] == ["1.50", "3.00"]
+    weak, strong = results.read_guidance(tmp_path / "scenes_quick")
+    assert weak["guidance"] == 1.5 and weak["Frechet"] != strong["Frechet"]
     done = lab("report", "scenes", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report" / "scenes.md").read_text()
     assert text.startswith("### Of one run only") and "| real data |" in text and f"| {name}, 4 |" in text
+    assert "### The teacher at several strengths of guidance" in text and "| 1.50 |" in text
+    assert json.loads((tmp_path / "report" / "scenes.json").read_text())["guidance"] == [weak, strong]
     for picture in ("scenes.png", "scenes_trade_off.png", "scenes_curves.png"):
         assert (tmp_path / "report" / picture).stat().st_size > 5000
 
@@ -251,6 +258,8 @@ def test_a_task_of_videos_from_nothing_to_a_report(tmp_path):
         (("plane", "--rows", "xCM"), r"--rows ['xCM']: there are rCM"),
         (("plane", "--rows", "time embedding"), "the networks of the plane have no time embedding"),
         (("plane", "--seeds", "0"), "--seeds 0"),
+        (("plane", "--jobs", "0"), "--jobs 0"),
+        (("guidance", "scenes", "--values", "2", "-1"), "--values -1: must be at least 0"),
         (("report", "plane"), "holds no results: run `python tools/lab.py plane` first"),
     ],
 )

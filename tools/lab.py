@@ -4,6 +4,7 @@
     python tools/lab.py digits                    # moving digits: an hour and a half on two cores
     python tools/lab.py scenes                    # rendered scenes with captions: a GPU, or several, to which jobs are dealt
     python tools/lab.py digits --rows rCM sCM --seeds 3 --jobs 2
+    python tools/lab.py guidance scenes           # what the teacher makes at several strengths of guidance
     python tools/lab.py report plane digits       # tables and pictures of what is there
 
 A row is a student of the study (rcm_mcore/lab/rows.py) or a group of them; each is trained once a seed, and a run that has a
@@ -17,6 +18,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -68,14 +70,34 @@ def run_all(args: argparse.Namespace) -> int:
         (f"{row.name}, seed {seed}", partial(task.run, row, seed, root / row.slug / f"seed_{seed}", quick=args.quick))
         for row, seed in left
     ]
+    return run_jobs(jobs, args.jobs or default_jobs(args.command), done=len(runs) - len(left))
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """The teacher's samples at every guidance, measured and tabulated; returns how many have failed."""
+    from rcm_mcore.evaluation.report import metrics_table
+    from rcm_mcore.lab.results import read_guidance
+
+    if min(args.values) < 0:
+        raise ValueError(f"--values {min(args.values):g}: must be at least 0; 1 is no guidance")
+    root, task = folder(args.out, args.task, args.quick), task_of(args.task)
+    task.prepare(root, quick=args.quick)
+    jobs = [(f"guidance {value:g}", partial(task.guided, root, value, quick=args.quick)) for value in args.values]
+    failed = run_jobs(jobs, args.jobs or default_jobs(args.task))
+    if found := read_guidance(root):
+        print(metrics_table(found))
+    return failed
+
+
+def run_jobs(jobs: list[tuple[str, Callable[[], object]]], workers: int, *, done: int = 0) -> int:
+    """Labelled jobs, so many at a time, beside those that are done; returns how many have failed."""
     failed = 0
     # Spawned, because torch and its threads do not survive a fork.
-    context, workers = multiprocessing.get_context("spawn"), min(args.jobs or default_jobs(args.command), max(1, len(jobs)))
+    context, workers = multiprocessing.get_context("spawn"), min(workers, max(1, len(jobs)))
     gpus = context.Queue()
     for gpu in gpus_of_jobs(workers):
         gpus.put(gpu)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=begin, initargs=(gpus,))
-    done = len(runs) - len(left)
     with pool, tqdm(total=done + len(jobs), initial=done, unit="run", dynamic_ncols=True) as bar:
         started = {pool.submit(job): label for label, job in jobs}
         for run in as_completed(started):
@@ -154,6 +176,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--rows", nargs="+", help="names of rows or groups; default all")
         command.add_argument("--seeds", type=int, default=3, help="runs of each row; intervals need 2 (default %(default)s)")
         command.add_argument("--jobs", type=int, help="runs at a time (default: four a GPU, or cores)")
+    command = commands.add_parser("guidance", help="the teacher at several strengths of guidance")
+    command.add_argument("task", choices=("digits", "scenes"))
+    command.add_argument("--values", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.5], help="(default %(default)s)")
+    command.add_argument("--jobs", type=int, help="at a time (default: four a GPU, or cores)")
     command = commands.add_parser("report", help="tables and pictures")
     command.add_argument("tasks", nargs="+", choices=TASKS)
     for command in commands.choices.values():
@@ -169,8 +195,12 @@ def main() -> int:
         if args.command == "report":
             report(args)
             return 0
-        if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
-            raise ValueError(f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1")
+        if args.jobs is not None and args.jobs < 1:
+            raise ValueError(f"--jobs {args.jobs}: must be at least 1")
+        if args.command == "guidance":
+            return 1 if sweep(args) else 0
+        if args.seeds < 1:
+            raise ValueError(f"--seeds {args.seeds}: must be at least 1")
         return 1 if run_all(args) else 0
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -87,6 +87,11 @@ def baselines(root: Path, *, seeds: int, quick: bool = False) -> None:
     videos.baselines(task, judge, latents, seeds=seeds, out=root)
 
 
+def guided(root: Path, guidance: float, *, quick: bool = False) -> None:
+    """See videos.guided."""
+    videos.guided(video_task(root, quick=quick), DigitJudge(root), guidance)
+
+
 def of_prompts(prompts: Sequence[str], real: Any, seed: int) -> Tensor:
     """Indices of real videos, one for each prompt and none twice."""
     found: dict[str, list[int]] = {}

@@ -4,6 +4,7 @@
                                             "by_steps": {"1": {measure: value}, ...}}
     OUT/TASK/ROW/seed_N/stage_M/log.jsonl  {"step", "loss_...", ...} of each step of its training
     OUT/TASK/baselines.json                {label: [{measure: value} of each seed]}: real data, the teacher
+    OUT/TASK/guidance_G.json               {"guidance", measure: value}: the teacher's samples, 50 steps, at guidance G
 
 A file is there whole or not at all: a run that has one is not done again.
 """
@@ -70,8 +71,8 @@ def commit() -> str | None:
 
 
 def write_record(task: Path, path: Path) -> None:
-    """Every result of a task and its baselines in one JSON file, which the tables and plots can be made of again."""
-    write_json(path, {"results": read_results(task), "baselines": read_baselines(task)})
+    """Every result of a task and what it is beside in one JSON file, which the tables and plots can be made of again."""
+    write_json(path, {"results": read_results(task), "baselines": read_baselines(task), "guidance": read_guidance(task)})
 
 
 def read_results(task: Path) -> list[dict[str, Any]]:
@@ -83,6 +84,17 @@ def read_results(task: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path} cannot be read ({error}): remove it, and its run is done again") from None
     return found
+
+
+def read_guidance(task: Path) -> list[dict[str, Any]]:
+    """What the teacher makes at each guidance that was tried, weakest first. ValueError as `read_results`."""
+    found = []
+    for path in task.glob("guidance_*.json"):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}): remove it, and it is made again") from None
+    return sorted(found, key=lambda one: one["guidance"])
 
 
 def read_baselines(task: Path) -> dict[str, list[dict[str, Any]]]:
@@ -105,7 +117,7 @@ def by_row(results: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[i
 
 def tables(task: Path, order: Sequence[Row], *, compared: Sequence[str]) -> str:
     """Markdown of each group of rows: a table of its rows, and of those that they are compared with, at 1, 2 and 4 steps below
-    each other, baselines first; and a table of the differences. At the end the rows with one run.
+    each other, baselines first; and a table of the differences. At the end the rows with one run, and what guidance does.
 
     `compared`: measures of the second table.
     """
@@ -136,6 +148,8 @@ def tables(task: Path, order: Sequence[Row], *, compared: Sequence[str]) -> str:
         singles = {label: runs[0] for label, runs in known.items() if len(runs) == 1} | singles
         table = metrics_table([{"sampler, steps": label, **measures} for label, measures in singles.items()])
         text.append(f"### Of one run only, and so without an interval\n\n{table}")
+    if guided := read_guidance(task):
+        text.append(f"### The teacher at several strengths of guidance, 50 steps, one run each\n\n{metrics_table(guided)}")
     return "\n".join(text)
 
 

@@ -160,6 +160,11 @@ def baselines(root: Path, *, seeds: int, quick: bool = False) -> None:
     videos.baselines(task, scenes, real, seeds=seeds, out=root)
 
 
+def guided(root: Path, guidance: float, *, quick: bool = False) -> None:
+    """See videos.guided."""
+    videos.guided(video_task(root, quick=quick), make_judge(root, quick=quick), guidance)
+
+
 def make_judge(root: Path, *, quick: bool = False) -> SceneJudge:
     """The judge of the task in this folder."""
     return SceneJudge(root, evaluation_prompts(quick=quick), per_prompt=4 if quick else REAL_PER_PROMPT)

@@ -170,6 +170,14 @@ def baselines(task: VideoTask, judge: Judge, real: Sequence[Tensor], *, seeds: i
     write_json(out / "baselines.json", found)
 
 
+def guided(task: VideoTask, judge: Judge, guidance: float) -> None:
+    """Measures of the teacher's samples at this guidance, guidance_G.json in the task's folder."""
+    fields = {**task.teacher, "guidance": guidance}
+    # Of a seed that no row has: what is chosen by these must not be measured by them again.
+    made = sample(task.request(task.root / "teacher", which="student", seed=100, steps=50, sampler="euler", **fields))
+    write_json(task.root / f"guidance_{guidance:g}.json", {"guidance": guidance, **judge.measures(made.latents, task.prompts)})
+
+
 @dataclass(frozen=True)
 class Reference:
     """Real videos as a judge sees them: `features` [n, d], `bandwidth` of the Vendi score's kernel, `jitter` [n] of frames."""
