@@ -145,7 +145,6 @@ RUNS = [
         "tests/test_method_runs.py",
         ("(load_student or load_teacher)(student_net)", "load_teacher(student_net)",
          "test_a_stage_begins_with_the_student_of_another"),
-        ("    if not resuming:\n        (load_student", "    if True:\n        (load_student", "test_resumed_is_bit_equal"),
         ('({"interval": False} if role == "teacher" else {})', "{}", "test_students_that_do_not_fit_are_refused"),
     ),
     *mutations(

@@ -110,7 +110,7 @@ def test_meshes_equal_one_rank(meshes, name):
 
 @pytest.mark.parametrize("name", ["meanflow", "second"])
 def test_resumed_is_bit_equal(runs, name):
-    """And a stage does not begin again with the student of the stage before."""
+    """A stage too: its checkpoint counts, not the student that it began with."""
     assert tiny.metrics(runs / f"{name}_again") == tiny.metrics(runs / name)
     found = tiny.differences(runs / f"{name}_again" / "step_000000003", runs / name / "step_000000003")
     assert set(found.values()) == {0.0}
