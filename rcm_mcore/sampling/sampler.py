@@ -191,7 +191,9 @@ class Sampler:
         rows = self.encode([draw.prompt for draw in mine]) if mine else []
         self.free_text_encoder()
         told = self.encode_given([draw.given for draw in mine], given) if given is not None and mine else None
-        bar = tqdm(total=len(draws), unit="video", disable=not self.mesh.is_main, dynamic_ncols=True)
+        # Said only where there is to be none, so that TQDM_DISABLE counts elsewhere.
+        quiet: dict[str, Any] = {} if self.mesh.is_main else {"disable": True}
+        bar = tqdm(total=len(draws), unit="video", dynamic_ncols=True, **quiet)
         with bar:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
