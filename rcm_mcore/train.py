@@ -78,7 +78,7 @@ def _train(config: Config, rank: int, stop: StopRequest) -> int:
     import torch.distributed as dist
 
     from rcm_mcore.checkpoint import CheckpointError
-    from rcm_mcore.data import DataStalled
+    from rcm_mcore.data import DataStalled, ReaderDied
     from rcm_mcore.training.loop import train
     from rcm_mcore.training.step import NonFiniteError
 
@@ -90,9 +90,9 @@ def _train(config: Config, rank: int, stop: StopRequest) -> int:
         if rank == 0:
             _report(error)
         return 1
-    except (ValueError, DataStalled) as error:  # of one rank alone, perhaps
+    except (ValueError, DataStalled, ReaderDied) as error:  # of one rank alone, perhaps
         _report(error, where=f"rank {rank}: " if rank else "")
-        return 1 if isinstance(error, DataStalled) else 2
+        return 2 if isinstance(error, ValueError) else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

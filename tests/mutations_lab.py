@@ -25,7 +25,7 @@ GPUS = mutations(
     "tests/test_lab.py",
     ("    while batch % ranks:\n", "    while False:\n",
      "test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch"),
-    ("shutil.copyfile(shared / name, root / name)", "continue", "test_scenes_are_judged_by_the_networks_of_the_example"),
+    ("shutil.copyfile(shared / name, partial)", "continue", "test_scenes_are_judged_by_the_networks_of_the_example"),
 ) + mutations(
     "tools/lab.py",
     "tests/test_lab.py",

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import psutil
 import pytest
 import tiny
 import torch
-from shard_samples import make_config, make_loader, make_sample, own_members, write_good, write_tar
+from shard_samples import make_config, make_loader, make_model, make_sample, own_members, write_good, write_tar
 
 from rcm_mcore.config import DataConfig, parse_config, parse_model
-from rcm_mcore.data import DataStalled, loader, merge_states
+from rcm_mcore.data import DataStalled, ReaderDied, loader, merge_states
+from rcm_mcore.data.workers import ReaderProcesses
 from rcm_mcore.lab.videos import train
+from rcm_mcore.training.setup import check
 
 READERS = 8
 SIZES = (3, 1, 2, 4, 2, 3, 1, 2, 5)  # samples per shard
@@ -115,7 +118,18 @@ def test_bad_samples_are_logged_here_and_counted_together(tmp_path, caplog):
     assert not children()
 
 
-def test_what_a_process_refuses_is_refused_here(tmp_path):
+def test_bad_samples_of_before_are_forgiven(shards):
+    """As by a thread, which counts when it skips: a limit may be lowered, or fewer ranks go on with the counts of more."""
+    with make_loader(config_of(shards)) as data:
+        next(data)
+        state = data.state_dict()
+    state["readers"] = {v: [*position[:-1], 9] for v, position in state["readers"].items()}
+    with make_loader(config_of(shards, workers=2, max_bad_samples=1), start_step=1) as data:
+        data.load_state_dict(state)
+        assert next(data).state["bad_samples"] == 9 * READERS
+
+
+def test_what_a_process_refuses_is_refused_here(tmp_path, caplog):
     for shard in range(2):
         write_tar(tmp_path / f"shard_{shard}.tar", [("a", {"prompt.txt": b"alone"})])
     config = make_config(tmp_path, readers=2, workers=2)
@@ -124,6 +138,30 @@ def test_what_a_process_refuses_is_refused_here(tmp_path):
         pytest.raises(ValueError, match=r"data\.shards: none of the 2 shards holds a good sample"),
     ):
         next(data)
+    assert any("missing member tensors.safetensors" in line for line in caplog.messages), "and why"
+
+
+def test_signals_are_the_training_s(shards):
+    """From the first moment of a process on: a job's signals do not wait for its imports."""
+    options = dict(model=make_model(), seed=7, dp_rank=0, dp_size=1, global_batch_size=4)
+    with make_loader(config_of(shards)) as data:
+        state = data.state_dict()
+    processes = ReaderProcesses(config_of(shards, workers=2), **options, state=state)
+    for pause in (0.0, 0.2, 1.5):
+        time.sleep(pause)
+        for child in children():
+            child.send_signal(signal.SIGUSR1)
+            child.send_signal(signal.SIGTERM)
+    assert len(processes.read([0, 1, 2, 3]).keys) == 4
+    processes.close()
+
+
+def test_what_a_process_prints_does_not_reach_the_samples(shards, tmp_path, monkeypatch, capfd):
+    (tmp_path / "sitecustomize.py").write_text("print('a banner')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with make_loader(config_of(shards, workers=1)) as data:
+        assert next(data).step == 0
+    assert "a banner" in capfd.readouterr().err
 
 
 def test_a_process_that_dies_ends_the_run_by_name(shards):
@@ -133,7 +171,7 @@ def test_a_process_that_dies_ends_the_run_by_name(shards):
         victim.send_signal(signal.SIGTERM)  # as of a job that is to save and end: not theirs to act on
         assert next(data).step == 1
         victim.kill()
-        with pytest.raises(RuntimeError, match=r"data\.workers: process [12] of 2, .* exit code -9 \(SIGKILL: out of memory"):
+        with pytest.raises(ReaderDied, match=r"data\.workers: process [12] of 2, .* exit code -9 \(SIGKILL: out of memory"):
             for _ in range(500):  # what it had prepared is still there
                 next(data)
     assert not children()
@@ -156,10 +194,15 @@ def test_a_shard_that_gives_nothing_is_named(tmp_path, caplog, monkeypatch):
     assert not children()
 
 
-def test_processes_end_with_a_training_that_is_killed(shards):
+def test_processes_end_with_a_training_that_is_killed(shards, tmp_path):
+    """Though both hang in a read."""
+    for shard in shards.iterdir():
+        shutil.copy(shard, tmp_path)
     script = (
-        "import os, signal, psutil; from test_data_workers import *; from pathlib import Path\n"
-        f"data = make_loader(config_of({str(shards)!r}, workers=2)); next(data)\n"
+        "import contextlib, os, signal, psutil; from test_data_workers import *; from pathlib import Path\n"
+        f"data = make_loader(config_of({str(tmp_path)!r}, workers=2, stall_minutes=0.05)); next(data)\n"
+        f"for path in Path({str(tmp_path)!r}).glob('*.tar'): path.unlink(), os.mkfifo(path)\n"
+        "with contextlib.suppress(DataStalled): taken(data, 5000)\n"
         "print(*(child.pid for child in children()), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tiny.__file__).removesuffix("tiny.py"), *sys.path])}
@@ -173,6 +216,10 @@ def test_numbers_that_make_no_sense(shards):
         make_loader(config_of(shards, workers=3), size=2)
     with pytest.raises(ValueError, match=r"data\.workers=-1"):
         parse_config(tiny.config("shards", "run", data={"workers": -1}))
+    with pytest.raises(
+        ValueError, match=r"data\.readers=4 must be a multiple of the data-parallel size 1 times data\.workers=3"
+    ):
+        check(parse_config(tiny.config("shards", "run", data={"workers": 3})), 1)
 
 
 def test_a_training_is_the_same(tmp_path):

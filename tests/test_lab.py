@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -165,6 +166,23 @@ def test_scenes_are_judged_by_the_networks_of_the_example(monkeypatch, tmp_path)
     found = mean_of(judge(reader.read(decoded), prompt_of(scenes)))
     assert psnr(videos, decoded) > 28 and found.all > 0.6 and found.characters > 0.98
     assert abs(codec.facts["psnr"] - psnr(videos, decoded)) < 1
+    # Of a folder with a codec of its own the reader is not to be another codec's.
+    own = tmp_path / "own"
+    own.mkdir()
+    codec.facts["seed"] = 1
+    codec.save(own / "codec.safetensors")
+    monkeypatch.setattr(scene_task, "train_reader", lambda **_: SceneReader(width=8))
+    scene_task.prepare(own)
+    assert (own / "reader.safetensors").stat().st_size < (shipped / "reader.safetensors").stat().st_size / 2
+
+
+def test_a_training_ends_with_its_caller(tmp_path, monkeypatch):
+    tiny.make_shards(tmp_path / "shards")
+    config = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "shards", tmp_path / "run", train={"steps": 10**6}))
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        videos.train(config, [], show=True)
+    assert not psutil.Process().children()
 
 
 def test_a_run_on_two_ranks(tmp_path, capsys):

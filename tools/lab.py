@@ -82,7 +82,7 @@ def sweep(args: argparse.Namespace) -> int:
         raise ValueError(f"--values {min(args.values):g}: must be at least 0; 1 is no guidance")
     root, task = folder(args.out, args.task, args.quick), task_of(args.task)
     task.prepare(root, quick=args.quick)
-    jobs = [(f"guidance {value:g}", partial(task.guided, root, value, quick=args.quick)) for value in args.values]
+    jobs = [(f"guidance {value:g}", partial(task.guided, root, value, quick=args.quick)) for value in sorted(set(args.values))]
     failed = run_jobs(jobs, args.jobs or default_jobs(args.task))
     if found := read_guidance(root):
         print(metrics_table(found))

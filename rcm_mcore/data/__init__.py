@@ -5,6 +5,7 @@ from rcm_mcore.data.inspection import ShardReport, inspect_shard
 from rcm_mcore.data.loader import Batch, DataLoader, DataStalled
 from rcm_mcore.data.readers import RankReaders, VirtualReader, deal_shards, expand_shards, merge_states, shards_digest
 from rcm_mcore.data.shards import BadSample, DamagedShard, Sample, Shard, fit_sample, pad_text, write_shards
+from rcm_mcore.data.workers import ReaderDied
 
 __all__ = [
     "BadSample",
@@ -13,6 +14,7 @@ __all__ = [
     "DataLoader",
     "DataStalled",
     "RankReaders",
+    "ReaderDied",
     "Sample",
     "Shard",
     "ShardReport",

@@ -7,6 +7,7 @@ numbers of different studies can be compared; without them there they are traine
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections.abc import Sequence
@@ -118,8 +119,12 @@ def prepare(root: Path, *, quick: bool = False) -> None:
     small: dict[str, Any] = dict(batch_size=4, width=8, heldout=4) if quick else {}
     root.mkdir(parents=True, exist_ok=True)
     for name in ("codec.safetensors", "reader.safetensors"):
-        if not quick and not (root / name).exists() and (shared / name).exists():
-            shutil.copyfile(shared / name, root / name)
+        # The reader knows the codec that it was trained with.
+        ours = name == "codec.safetensors" or _same(root / "codec.safetensors", shared / "codec.safetensors")
+        if not quick and ours and not (root / name).exists() and (shared / name).exists():
+            partial = root / f".{name}.partial"
+            shutil.copyfile(shared / name, partial)
+            os.replace(partial, root / name)
     if not (root / "codec.safetensors").exists():
         train_codec(seed=0, channels=LATENT[0], steps=sizes["codec"], device=device(), **small).save(root / "codec.safetensors")
     codec = SceneCodec.load(root / "codec.safetensors", device=device())
@@ -130,6 +135,10 @@ def prepare(root: Path, *, quick: bool = False) -> None:
         train_reader(seed=0, codec=codec, steps=sizes["reader"], device=device(), **small).save(root / "reader.safetensors")
     print(f"reader: {SceneReader.load(root / 'reader.safetensors').facts}", flush=True)
     train_teacher(root, quick=quick)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and filecmp.cmp(one, other, shallow=False)
 
 
 def train_teacher(root: Path, *, quick: bool = False) -> None:

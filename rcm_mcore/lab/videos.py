@@ -86,10 +86,14 @@ def train(config: Path, overrides: Sequence[str], *, ranks: int = 1, show: bool 
     last: deque[str] = deque(maxlen=50)
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            last.append(line)
-            if show and " INFO step " in line:
-                print(line, end="", flush=True)
+        try:
+            for line in process.stdout:
+                last.append(line)
+                if show and " INFO step " in line:
+                    print(line, end="", flush=True)
+        except BaseException:  # Ctrl-C
+            process.kill()
+            raise
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}:\n{''.join(last)}")
 

@@ -66,8 +66,11 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     dp = validate_mesh(config.model, config.mesh, world_size, tokens=tokens)
     train = config.train
     microbatches = microbatches_of_a_step(config, dp)
-    if config.data.readers % dp:
-        raise ValueError(f"data.readers={config.data.readers} must be a multiple of the data-parallel size {dp}")
+    if config.data.readers % (dp * max(1, config.data.workers)):
+        raise ValueError(
+            f"data.readers={config.data.readers} must be a multiple of the data-parallel size {dp}"
+            + (f" times data.workers={config.data.workers}" if config.data.workers else "")
+        )
     if torch.cuda.is_available():
         refuse_what_cannot_fit(config, world_size, torch.cuda.get_device_properties(0).total_memory)
     negative(config)
