@@ -23,7 +23,9 @@ ROWS = mutations(
 GPUS = mutations(
     "rcm_mcore/lab/scene_task.py",
     "tests/test_lab.py",
-    ("    while batch % ranks:\n", "    while False:\n",
+    ("while batch % ranks or config.data.readers % (ranks", "while batch % ranks or 0 % (ranks",
+     "test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch"),
+    ('fields=[f"pretrain.network={root}/frames_run"]', "fields=[]",
      "test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch"),
     ("shutil.copyfile(shared / name, partial)", "continue", "test_scenes_are_judged_by_the_networks_of_the_example"),
 ) + mutations(

@@ -65,8 +65,10 @@ MUTATIONS = (
     + mutations(
         "rcm_mcore/lab/scene_shards.py",
         "tests/test_scene_shards.py",
-        ("draw_scenes(len(items), (job.seed, block))", "draw_scenes(len(items), job.seed)",
+        ("draw_scenes(-(-len(items) // times), (job.seed, block))", "draw_scenes(-(-len(items) // times), job.seed)",
          "test_shards_hold_latents_and_text_rows_of_the_scenes"),
+        ("torch.cat(latents.split(1, dim=2))", "latents.transpose(1, 2).flatten(0, 1)[:, :, None]",
+         "test_shards_of_single_frames"),
         ("    shutil.rmtree(root / TEXT_ENCODER, ignore_errors=True)", "    pass",
          "test_what_is_lost_is_written_anew_and_nothing_else"),
         ("job.folder.pending(rank, job.processes)", "job.folder.pending(0, job.processes)",

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_mesh_that_computes_something_else_is_an_error(tool):
 def timed_step(mesh, monkeypatch, tmp_path, **phase):
     """One step on a clock that ticks whenever it is looked at: phases count their spans, as these hold nothing else."""
     config = benchmark.write_samples(parse_config(tree(data={"readers": 2})), str(tmp_path))
-    _, roles, trained = build_networks(config, mesh, load_teacher=lambda net: passes.random_weights(net, dtype=torch.float32))
+    _, roles, trained = build_networks(config, mesh, starts={"teacher": partial(passes.random_weights, dtype=torch.float32)})
     steps = [("x", Phase(own_step=0, **phase))]
     learns = trained[steps[0][1].kind]
     ticks = itertools.count()

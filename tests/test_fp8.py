@@ -204,7 +204,7 @@ def test_which_networks_of_a_step_are_float8(mesh, used, term, wanted):
     model = {**tiny.MODEL, "dtype": "bfloat16", "fp8_forwards": True}
     tree = tiny.config("shards", "run", "distill", model=model, distill={"teacher": "teacher", "guidance": 2.0})
     config = parse_config(tree)
-    _, roles, trained = build_networks(config, mesh, load_teacher=_fill)
+    _, roles, trained = build_networks(config, mesh, starts={"teacher": _fill})
     names = ("student", "teacher", "fake_score")
     owner = {layer: name for name in names for layer in getattr(roles, name).modules()}
     kind, slots = "critic" if term == "critic" else "student", (0, 1, 2, 3)

@@ -136,7 +136,7 @@ def test_a_job_sees_its_gpu(monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 
 
-@pytest.mark.parametrize("count, ranks", [(0, 1), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("count, ranks", [(0, 1), (1, 1), (3, 2), (5, 4)])
 def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monkeypatch, tmp_path, count, ranks):
     called = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -146,9 +146,15 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
     monkeypatch.setattr(scene_task, "read_network", lambda *_, **__: ())
     monkeypatch.setattr(scene_task, "write_network", lambda *_: None)
     scene_task.train_teacher(tmp_path)
-    ((path, overrides, found),) = called
-    config = load_config(path, overrides)
-    assert found == ranks and config.train.micro_batch_size * ranks == config.train.global_batch_size == 512
+    frames, videos = (load_config(path, overrides) for path, overrides, _ in called)
+    for config, batch in ((frames, 3072), (videos, 768)):
+        assert config.train.micro_batch_size * ranks == config.train.global_batch_size == batch
+    assert [found for *_, found in called] == [ranks, ranks]
+    assert frames.pretrain.network == "" and videos.pretrain.network == frames.checkpoint.dir == f"{tmp_path}/frames_run"
+    assert frames.data.latent_shape == (16, 1, 16, 16) and videos.data.latent_shape == scene_task.LATENT
+    assert [config.data.shards for config in (frames, videos)] == [
+        (f"{tmp_path}/{name}/shard_*.tar",) for name in ("frames", "data")
+    ]
 
 
 def test_scenes_are_judged_by_the_networks_of_the_example(monkeypatch, tmp_path):

@@ -37,6 +37,14 @@ def config(folder, **sections):
     return tree
 
 
+def further(folder, **pretrain):
+    """Three more steps of pretraining, from the teacher."""
+    return tiny.config(
+        folder / "shards", "", checkpoint={"every": 1, "keep_last": 9}, train={"steps": 3}, optim={"lr": 1e-3},
+        pretrain={"network": str(folder / "teacher"), **pretrain},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, same_rounding):
     """Teachers, runs of each method, resumptions, and a chain of stages; `NAME_start`: the weights that a stage begins with."""
@@ -55,6 +63,7 @@ def runs(tmp_path_factory, same_rounding):
         ),
         "second": stage("scm", "dcm"),
         "third": stage("rcm", "second"),
+        "further": further(folder),
     }
 
     def write(name, tree):
@@ -67,7 +76,8 @@ def runs(tmp_path_factory, same_rounding):
     start = lambda name: ["rewrite", write(f"{name}_unborn", trees[name]), str(folder / f"{name}_start")]
     plan = [["run", write(name, tree)] for name, tree in trees.items() if name not in ("second", "third")]
     plan += [*resumed("meanflow", 2), start("second"), ["run", write("second", trees["second"])], *resumed("second", 1)]
-    (folder / "plan.json").write_text(json.dumps(plan + [start("third")]))
+    plan += [start("third"), start("further"), *resumed("further", 1)]
+    (folder / "plan.json").write_text(json.dumps(plan))
     launch.run_ranks(1, "ranks_resume.py", folder)
     return folder
 
@@ -108,9 +118,9 @@ def test_meshes_equal_one_rank(meshes, name):
         assert {k: v for k, v in found.items() if not v <= (1e-3 if "exp_avg_sq" in k else 2e-5)} == {}
 
 
-@pytest.mark.parametrize("name", ["meanflow", "second"])
+@pytest.mark.parametrize("name", ["meanflow", "second", "further"])
 def test_resumed_is_bit_equal(runs, name):
-    """A stage too: its checkpoint counts, not the student that it began with."""
+    """A stage too: its checkpoint counts, not the network that it began with."""
     assert tiny.metrics(runs / f"{name}_again") == tiny.metrics(runs / name)
     found = tiny.differences(runs / f"{name}_again" / "step_000000003", runs / name / "step_000000003")
     assert set(found.values()) == {0.0}
@@ -144,6 +154,17 @@ def test_a_stage_begins_with_the_student_of_another(runs, stage, before):
     assert all(torch.equal(fake[key], teacher[key]) for key in fake)
 
 
+def test_pretraining_begins_with_another_network(runs):
+    """With its EMA, and an EMA of its own from there."""
+    (start,) = (runs / "further_start").glob("step_*")
+    want = network(runs / "teacher" / "step_000000012", "ema.student.")
+    for prefix in ("student.", "ema.student."):
+        found = network(start, prefix)
+        assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+    first, last = (tiny.log_lines(runs / name)[0]["loss"] for name in ("teacher", "further"))
+    assert last < first  # it goes on where the teacher was, at the same samples and noise
+
+
 def test_the_other_network_of_a_stage_can_be_asked_for(runs):
     ema, student = (network(runs / "dcm" / "step_000000003", prefix) for prefix in ("ema.student.", "student."))
     assert any(not torch.equal(ema[key], student[key]) for key in ema)
@@ -169,6 +190,20 @@ def test_students_that_do_not_fit_are_refused(runs, changes, says):
     distill = {key: value.replace("{}", str(runs)) for key, value in changes["distill"].items()}
     with pytest.raises(ValueError, match=says):
         check_starts(parse_config(config(runs, **{**changes, "distill": distill})))
+
+
+@pytest.mark.parametrize(
+    "pretrain, model, says",
+    [
+        ({"network": "nowhere"}, {}, r"pretrain\.network=nowhere, pretrain\.network_weights=ema: .*no checkpoint"),
+        ({}, {"num_layers": 3}, r"pretrain\.network=.*/teacher has model\.num_layers=2, this run has 3"),
+        ({"network_weights": "fake_score"}, {}, r"pretrain\.network_weights='fake_score': must be one of "),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(runs, pretrain, model, says):
+    tree = further(runs, **pretrain)
+    with pytest.raises(ValueError, match=says):
+        check_starts(parse_config(tree | {"model": {**tree["model"], **model}}))
 
 
 # What is made of the checkpoints.

@@ -198,6 +198,24 @@ def test_shards_hold_latents_and_text_rows_of_the_scenes(written: Path) -> None:
     torch.testing.assert_close(rows, encoder.encode([""])[0])
 
 
+def test_shards_of_single_frames(tmp_path: Path) -> None:
+    """Every latent frame with its prompt, the first ones of a block's videos before the second ones."""
+    out = tmp_path / "frames"
+    manifest = write_dataset(out, Cells(), count=13, seed=5, samples_per_shard=10, single_frames=True, show=False)
+    assert manifest["counts"]["samples"] == 13 and manifest["arguments"]["single_frames"] is True
+    for block, (videos, samples) in enumerate(((2, 10), (1, 3))):
+        scenes = draw_scenes(videos, (5, block))
+        latents, prompts = Cells().encode(render(scenes)).bfloat16(), prompt_of(scenes)
+        with Shard(out / f"shard_{block:06d}.tar") as shard:
+            read = [shard.read(key, members) for key, members in shard.samples()]
+        assert len(read) == samples
+        for i, sample in enumerate(read):
+            assert torch.equal(sample.latent, latents[i % videos, :, i // videos][:, None])
+            assert sample.prompt == prompts[i % videos]
+    with pytest.raises(ValueError, match="single_frames was True, is None"):
+        write_dataset(out, Cells(), count=13, seed=5, samples_per_shard=10)
+
+
 def test_what_is_lost_is_written_anew_and_nothing_else(written: Path, tmp_path: Path) -> None:
     whole = contents(written)
     out = tmp_path / "scenes"

@@ -84,6 +84,8 @@ class PretrainConfig:
     time: TimeConfig = field(default_factory=lambda: TimeConfig(kind="shifted", shift=3.0))
     condition_dropout: float = 0.1  # share of samples that see the negative embedding instead of their text
     negative_embedding: str | None = None  # file with the text rows of the negative prompt; none: zeros
+    network: str = ""  # checkpoint folder that training starts from, such as one on images before videos; none: random weights
+    network_weights: Literal["student", "ema"] = "ema"  # which network of that checkpoint
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_dropout <= 1:

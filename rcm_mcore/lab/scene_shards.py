@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rcm_mcore.data.build import NEGATIVE_EMBEDDING, Outcome, ShardFolder, write_embedding
 from rcm_mcore.data.shards import Sample
 from rcm_mcore.data.text import TextEncoder
+from rcm_mcore.lab.codec import LATENT_FRAMES
 from rcm_mcore.lab.scene_text import build_scene_text_encoder
 from rcm_mcore.lab.scenes import draw_scenes, prompt_of, render
 
@@ -45,6 +46,7 @@ class _Job:
     seed: int
     device: str
     dtype: torch.dtype
+    single_frames: bool
     processes: int
     show: bool
 
@@ -59,6 +61,7 @@ def write_dataset(
     processes: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    single_frames: bool = False,
     show: bool = True,
 ) -> dict[str, Any]:
     """Writes the data set, or what an interrupted run left of it, and returns the manifest. Each shard has scenes of its own
@@ -72,6 +75,7 @@ def write_dataset(
         processes: which render, encode and write, all on `device`.
         device: of renderer, codec and text encoder.
         dtype: of the tensors in the shards.
+        single_frames: each latent frame of a video is a sample [C, 1, H, W] of its own.
         show: a progress bar, of the first process.
     Raises: ValueError for a count or number of processes below 1, a codec that cannot encode, another folder; OSError.
     """
@@ -86,7 +90,7 @@ def write_dataset(
         "seed": seed,
         "codec_sha256": _digest(codec),
         "dtype": str(dtype).removeprefix("torch."),
-    }
+    } | ({"single_frames": True} if single_frames else {})
     folder = ShardFolder(root, arguments=arguments, items=count, samples_per_shard=samples_per_shard, files=_FILES)
     manifest = folder.complete()
     if manifest is not None:
@@ -97,7 +101,8 @@ def write_dataset(
     processes = min(processes, len(folder.pending(0, 1)) or 1)
     # On the CPU while it travels: a GPU's memory is not to be shared between processes.
     still = copy.deepcopy(codec).cpu().eval()
-    job = _Job(folder=folder, codec=still, seed=seed, device=str(device), dtype=dtype, processes=processes, show=show)
+    own: dict[str, Any] = dict(seed=seed, device=str(device), dtype=dtype, single_frames=single_frames)
+    job = _Job(folder=folder, codec=still, processes=processes, show=show, **own)
     if processes == 1:
         _write_rank(0, job)
     else:
@@ -140,10 +145,13 @@ def _outcomes(blocks: list[int], job: _Job) -> Iterator[Outcome]:
     text = TextEncoder(job.folder.root / TEXT_ENCODER, device=job.device)
     for block in blocks:
         items = job.folder.items_of(block)
-        scenes = draw_scenes(len(items), (job.seed, block))
+        times = LATENT_FRAMES if job.single_frames else 1
+        scenes = draw_scenes(-(-len(items) // times), (job.seed, block))
         prompts = prompt_of(scenes)
         latents = codec.encode(render(scenes, job.device)).to(job.dtype).cpu()
         rows = text.encode(prompts, batch_size=len(prompts))
+        if job.single_frames:  # the frames of a video far from one another: a batch takes neighbours
+            latents, rows, prompts = torch.cat(latents.split(1, dim=2)), list(rows) * times, list(prompts) * times
         for index, latent, embed, prompt in zip(items, latents, rows, prompts):
             yield Outcome(index, prompt, Sample(latent=latent.clone(), embed=embed.to(job.dtype), prompt=prompt))
 

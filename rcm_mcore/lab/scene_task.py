@@ -2,7 +2,8 @@
 
 Codec, reader and teacher are trained on the scenes themselves and kept beside the results: codec.safetensors,
 reader.safetensors, data/, teacher_run/ and, of that run's EMA, teacher/. Codec and reader are those of examples/scenes, so that
-numbers of different studies can be compared; without them there they are trained anew.
+numbers of different studies can be compared; without them there they are trained anew. Like Wan, the teacher learns what things
+look like before how they move: frames_run/ is of single latent frames (frames/), five for the price of a video.
 """
 
 from __future__ import annotations
@@ -32,12 +33,20 @@ from rcm_mcore.lab.scenes import Stated, draw_scenes, legibility, parse_prompts,
 NAME = "scenes"
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where examples/ is
 UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
-SIZES = dict(codec=3000, reader=3000, samples=100_000, teacher=3000)
-QUICK = dict(codec=4, reader=4, samples=32, teacher=4)
+SIZES = dict(codec=3000, reader=3000, samples=200_000, frames=300_000, frame_steps=1900, teacher=5500)
+QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
 COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "characters %", "motion %")  # in the table of differences
 GUIDANCE = 3.0
 LATENT = (16, 5, 16, 16)
+# Of the training on frames, beside teacher.yaml's. Noise hides less of a frame than of five that show nearly the same.
+_FRAMES = (
+    f"data.latent_shape={[LATENT[0], 1, *LATENT[2:]]}",
+    "data.workers=4",
+    "pretrain.time.shift=1.0",
+    "train.global_batch_size=3072",
+    "optim.decay=constant",
+)
 _PROMPT_SEED = 1_000_003  # of the scenes that prompts are taken from; training has others
 _TINY = (
     "model.num_layers=2",
@@ -130,7 +139,18 @@ def prepare(root: Path, *, quick: bool = False) -> None:
     codec = SceneCodec.load(root / "codec.safetensors", device=device())
     print(f"codec: {codec.facts}", flush=True)
     processes = 1 if quick else max(1, min(40, (os.cpu_count() or 1) - 2))
-    write_dataset(root / "data", codec, count=sizes["samples"], seed=1, processes=processes, device=device())
+    for name, count, single in (("frames", sizes["frames"], True), ("data", sizes["samples"], False)):
+        many = 1280 if single else 256
+        write_dataset(
+            root / name,
+            codec,
+            count=count,
+            seed=1,  # of both, because of the text encoder
+            samples_per_shard=many,
+            processes=processes,
+            device=device(),
+            single_frames=single,
+        )
     if not (root / "reader.safetensors").exists():
         train_reader(seed=0, codec=codec, steps=sizes["reader"], device=device(), **small).save(root / "reader.safetensors")
     print(f"reader: {SceneReader.load(root / 'reader.safetensors').facts}", flush=True)
@@ -142,24 +162,31 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def train_teacher(root: Path, *, quick: bool = False) -> None:
-    """To its end on all GPUs, or from where it was interrupted; its EMA is the teacher."""
+    """On frames, then on videos; each to its end on all GPUs, or from where it was interrupted. Its EMA is the teacher."""
     if (root / "teacher").exists():
         return
+    sizes = QUICK if quick else SIZES
+    frames = [f"data.shards=[{root}/frames/shard_*.tar]", *_FRAMES]
+    _pretrain(root, "frames", steps=sizes["frame_steps"], fields=frames, quick=quick)
+    _pretrain(root, "teacher", steps=sizes["teacher"], fields=[f"pretrain.network={root}/frames_run"], quick=quick)
+    write_network(root / "teacher", *read_network(root / "teacher_run", which="ema"))
+
+
+def _pretrain(root: Path, name: str, *, steps: int, fields: Sequence[str], quick: bool) -> None:
     task, path = video_task(root, quick=quick), ROOT / "examples" / "scenes" / "teacher.yaml"
-    batch = load_config(path, task.train_overrides).train.global_batch_size
-    ranks = max(1, torch.cuda.device_count())
-    while batch % ranks:
+    fields = [*task.data_overrides, *fields, *task.train_overrides]  # the later of two is taken
+    config = load_config(path, fields)
+    batch, ranks = config.train.global_batch_size, max(1, torch.cuda.device_count())
+    while batch % ranks or config.data.readers % (ranks * max(1, config.data.workers)):
         ranks -= 1
     overrides = [
-        *task.data_overrides,
+        *fields,
         f"pretrain.negative_embedding={root}/data/negative_embedding.safetensors",
-        f"checkpoint.dir={root}/teacher_run",
-        f"train.steps={(QUICK if quick else SIZES)['teacher']}",
-        *task.train_overrides,
+        f"checkpoint.dir={root}/{name}_run",
+        f"train.steps={steps}",
         f"train.micro_batch_size={batch // ranks}",
     ]
     videos.train(path, overrides, ranks=ranks, show=True)
-    write_network(root / "teacher", *read_network(root / "teacher_run", which="ema"))
 
 
 def baselines(root: Path, *, seeds: int, quick: bool = False) -> None:

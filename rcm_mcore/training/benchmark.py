@@ -100,7 +100,7 @@ def with_phase(config: Config, steps: list[tuple[str, Phase]], batch: Batch) -> 
 def time_steps(config: Config, mesh: Mesh, steps: list[tuple[str, Phase]]) -> list[dict[str, Any]]:
     """Collective: of each step what it took, the slowest rank's or the most of any; phases are the mean of the ranks."""
     weights = partial(random_weights, dtype=getattr(torch, config.model.dtype))
-    networks, roles, trained = build_networks(config, mesh, load_teacher=weights)
+    networks, roles, trained = build_networks(config, mesh, starts={"teacher": weights})
     mine: list[dict[str, Any]] = []
     seen: set[str] = set()
     loader = DataLoader(

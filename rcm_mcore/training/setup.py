@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from rcm_kernels import backends, use_backends
 from torch import Tensor
 
 from rcm_mcore.checkpoint import CheckpointFolder, load_network, model_of, require_network
+from rcm_mcore.checkpoint.network import Which
 from rcm_mcore.config import Config, chunks_of_stages, parse_model, resolve_mesh, tokens_per_sample, validate_mesh
 from rcm_mcore.data import DataLoader, DataStalled, load_embedding, merge_states
 from rcm_mcore.distill.phases import steps_by_kind
@@ -75,8 +76,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         refuse_what_cannot_fit(config, world_size, torch.cuda.get_device_properties(0).total_memory)
     negative(config)
     check_sheets(config)
-    if config.train.objective == "distill":
-        check_starts(config)
+    check_starts(config)
     with DataLoader(
         config=replace(config.data, workers=0),
         model=config.model,
@@ -232,22 +232,29 @@ def negative(config: Config) -> Tensor:
     return rows[None]
 
 
+def starts_of(config: Config) -> dict[str, tuple[str, Which]]:
+    """Role -> checkpoint folder and network that it starts from, where the run names one."""
+    distill, pretrain = config.distill, config.pretrain
+    if config.train.objective == "pretrain":
+        named = {"network": (pretrain.network, pretrain.network_weights)}
+    else:
+        named = {"teacher": (distill.teacher, distill.teacher_weights), "student": (distill.student, distill.student_weights)}
+    return {role: start for role, start in named.items() if start[0]}
+
+
 def check_starts(config: Config) -> None:
-    """The checkpoints that the teacher and the student start from exist, hold the network asked for, and fit `config.model`."""
-    distill = config.distill
-    starts = {"teacher": (distill.teacher, distill.teacher_weights)}
-    if distill.student:
-        starts["student"] = (distill.student, distill.student_weights)
-    for role, (path, which) in starts.items():
+    """The checkpoints that the run's networks start from exist, hold the network asked for, and fit `config.model`."""
+    section = config.train.objective
+    for role, (path, which) in starts_of(config).items():
         try:
             saved = asdict(parse_model(model_of(path)))  # fields that came after it was written have their defaults
             require_network(path, which)
         except ValueError as error:
-            raise ValueError(f"distill.{role}={path}, distill.{role}_weights={which}: {error}") from None
+            raise ValueError(f"{section}.{role}={path}, {section}.{role}_weights={which}: {error}") from None
         ours = asdict(config.model) | ({"interval": False} if role == "teacher" else {})
         for name, value in ours.items():
             if name not in _EXECUTION and saved[name] != value:
-                raise ValueError(f"distill.{role}={path} has model.{name}={saved[name]}, this run has {value}")
+                raise ValueError(f"{section}.{role}={path} has model.{name}={saved[name]}, this run has {value}")
 
 
 def set_up(config: Config) -> Run:
@@ -260,12 +267,10 @@ def set_up(config: Config) -> Run:
     folder = CheckpointFolder(config.checkpoint.dir, mesh.checkpoint_group)
     folder.lock_if_there()
     resume_from = folder.newest()
-    distill = config.distill
-    load_teacher = partial(load_network, path=distill.teacher, which=distill.teacher_weights, new=INTERVAL)
-    load_student = partial(load_network, path=distill.student, which=distill.student_weights) if distill.student else None
-    networks, roles, trained = build_networks(
-        config, mesh, resuming=resume_from is not None, load_teacher=load_teacher, load_student=load_student
-    )
+    starts = {role: partial(load_network, path=path, which=which) for role, (path, which) in starts_of(config).items()}
+    if "teacher" in starts:
+        starts["teacher"] = partial(starts["teacher"], new=INTERVAL)
+    networks, roles, trained = build_networks(config, mesh, resuming=resume_from is not None, starts=starts)
     state = RunState(step=0, own_steps={t.name: 0 for t in networks}, data={})
     if resume_from is not None:
         state = read_state(resume_from, networks, config=config, mesh=mesh)
@@ -307,13 +312,12 @@ def build_networks(
     mesh: Mesh,
     *,
     resuming: bool = False,
-    load_teacher: Callable[[DiffusionTransformer], object],
-    load_student: Callable[[DiffusionTransformer], object] | None = None,
+    starts: Mapping[str, Callable[[DiffusionTransformer], object]],
 ) -> tuple[list[Trained], Roles, dict[str, Trained]]:
     """Networks of the objective with their first weights; when resuming the trained ones are filled later.
 
-    `load_teacher` gives a network the teacher's weights, which the others start from too, the student unless there is
-    `load_student`.
+    `starts` fill a network with stored weights: in distillation `teacher`, which the others start from too, the student unless
+    there is `student`; in pretraining `network`, without which its weights are random.
     """
     has_ema = config.optim.ema_length is not None
     steps, distill = config.train.steps, config.distill
@@ -321,26 +325,30 @@ def build_networks(
     text = negative(config).to(mesh.device)
     group = mesh.sample_group
     if config.train.objective == "pretrain":
-        student_net = build_network(config.model, mesh, seed=None if resuming else config.train.seed, trainable=True)
+        start = starts.get("network")
+        seed = None if resuming or start else config.train.seed
+        student_net = build_network(config.model, mesh, seed=seed, trainable=True)
+        if start and not resuming:
+            start(student_net)
         student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=steps, has_ema=has_ema)
         roles = Roles(student=student_net, teacher=student_net, fake_score=student_net, negative=text, sample_group=group)
         return [student], roles, {"pretrain": student}
 
     student_steps, critic_steps = steps_by_kind(steps, distill)
     teacher = build_network(replace(config.model, interval=False), mesh, trainable=False)
-    load_teacher(teacher)
+    starts["teacher"](teacher)
     if "teacher" in config.train.offload:
         StreamedBlocks(list(teacher.blocks.values()))
     student_net = build_network(config.model, mesh, trainable=True)
     if not resuming:
-        (load_student or load_teacher)(student_net)
+        starts.get("student", starts["teacher"])(student_net)
     student = wrap("student", student_net, peak_lr=config.optim.lr, total_steps=student_steps, has_ema=has_ema)
     networks, trained = [student], {"student": student}
     fake_score: Any = teacher
     if distill.has_fake_score:
         fake_net = build_network(config.model, mesh, trainable=True)
         if not resuming:
-            load_teacher(fake_net)
+            starts["teacher"](fake_net)
         lr = config.optim.fake_score_lr
         critic = wrap("fake_score", fake_net, peak_lr=lr, total_steps=critic_steps, has_ema=False)
         networks.append(critic)
