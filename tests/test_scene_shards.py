@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rcm_mcore.data.shards import Shard
 from rcm_mcore.data.text import TextEncoder
+from rcm_mcore.lab import scene_shards
 from rcm_mcore.lab.glyphs import glyph_bitmaps
 from rcm_mcore.lab.scene_shards import write_dataset
 from rcm_mcore.lab.scene_sheet import scene_sheet
@@ -29,6 +30,8 @@ from rcm_mcore.lab.scenes import (
     read_captions,
     render,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Cells(nn.Module):
@@ -111,8 +114,10 @@ def test_captions_of_another_shape_are_refused(pictures) -> None:
 # text
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+@pytest.fixture(scope="module", params=["built", "shipped"])
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    if request.param == "shipped":
+        return TextEncoder(ROOT / "examples" / "scenes" / "text_encoder")
     folder = tmp_path_factory.mktemp("text") / "text_encoder"
     build_scene_text_encoder(folder, seed=0)
     return TextEncoder(folder)
@@ -214,6 +219,27 @@ def test_shards_of_single_frames(tmp_path: Path) -> None:
             assert sample.prompt == prompts[i % videos]
     with pytest.raises(ValueError, match="single_frames was True, is None"):
         write_dataset(out, Cells(), count=13, seed=5, samples_per_shard=10)
+
+
+def test_a_text_encoder_that_is_given(written: Path, tmp_path: Path) -> None:
+    """That of the example, which other versions of transformers and sentencepiece would not build again."""
+    shipped, out = ROOT / "examples" / "scenes" / "text_encoder", tmp_path / "scenes"
+    write_dataset(out, Cells(), count=2, seed=5, samples_per_shard=4, text_encoder=shipped, show=False)
+    for path in shipped.iterdir():
+        assert (out / "text_encoder" / path.name).read_bytes() == path.read_bytes()
+    with Shard(out / "shard_000000.tar") as shard:
+        (sample, _) = (shard.read(key, members) for key, members in shard.samples())
+    (rows,) = TextEncoder(shipped).encode([sample.prompt])
+    torch.testing.assert_close(sample.embed, rows.bfloat16(), atol=0.02, rtol=0.02)
+    for given in (None, written / "text_encoder"):
+        with pytest.raises(ValueError, match="text_encoder_sha256 was"):
+            write_dataset(out, Cells(), count=2, seed=5, samples_per_shard=4, text_encoder=given)
+
+
+def test_processes_are_dealt_to_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = [[scene_shards._device_of(rank, device) for rank in range(3)] for device in ("cuda", "cuda:1", "cpu")]
+    assert devices == [["cuda:0", "cuda:1", "cuda:0"], ["cuda:1"] * 3, ["cpu"] * 3]
 
 
 def test_what_is_lost_is_written_anew_and_nothing_else(written: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,7 @@ def write_dataset(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     single_frames: bool = False,
+    text_encoder: str | os.PathLike[str] | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Writes the data set, or what an interrupted run left of it, and returns the manifest. Each shard has scenes of its own
@@ -71,11 +72,13 @@ def write_dataset(
         out: a folder that is missing, empty, or was begun with the same arguments.
         codec: with a method `encode` (``Codec``); for several processes it must be picklable.
         count: of samples.
-        seed: of scenes and text encoder.
-        processes: which render, encode and write, all on `device`.
-        device: of renderer, codec and text encoder.
+        seed: of scenes, and of a text encoder that is built.
+        processes: which render, encode and write.
+        device: of renderer, codec and text encoder; "cuda": all GPUs, to which the processes are dealt.
         dtype: of the tensors in the shards.
         single_frames: each latent frame of a video is a sample [C, 1, H, W] of its own.
+        text_encoder: a folder that one was built in, to be copied; none: it is built. One that other versions of its packages
+            build has other tokens and weights.
         show: a progress bar, of the first process.
     Raises: ValueError for a count or number of processes below 1, a codec that cannot encode, another folder; OSError.
     """
@@ -84,20 +87,25 @@ def write_dataset(
     if not isinstance(codec, nn.Module) or not callable(getattr(codec, "encode", None)):
         raise ValueError(f"codec is a {type(codec).__name__}: must be a torch module with a method encode")
     root = Path(out)
-    arguments = {
+    arguments: dict[str, Any] = {
         "dataset": "scenes",
         "count": count,
         "seed": seed,
         "codec_sha256": _digest(codec),
         "dtype": str(dtype).removeprefix("torch."),
-    } | ({"single_frames": True} if single_frames else {})
+    }
+    if single_frames:
+        arguments["single_frames"] = True
+    if text_encoder is not None:
+        weights = Path(text_encoder, "model.safetensors").read_bytes()
+        arguments["text_encoder_sha256"] = hashlib.sha256(weights).hexdigest()
     folder = ShardFolder(root, arguments=arguments, items=count, samples_per_shard=samples_per_shard, files=_FILES)
     manifest = folder.complete()
     if manifest is not None:
         logger.info("%s is complete: nothing to do", root)
         return manifest
     folder.begin()
-    _write_text_encoder(root, seed)
+    _write_text_encoder(root, seed, text_encoder)
     processes = min(processes, len(folder.pending(0, 1)) or 1)
     # On the CPU while it travels: a GPU's memory is not to be shared between processes.
     still = copy.deepcopy(codec).cpu().eval()
@@ -112,12 +120,15 @@ def write_dataset(
     return manifest
 
 
-def _write_text_encoder(root: Path, seed: int) -> None:
+def _write_text_encoder(root: Path, seed: int, given: str | os.PathLike[str] | None) -> None:
     """Text encoder and negative embedding, unless they are there."""
     if all((root / name).is_file() for name in _FILES):
         return
     shutil.rmtree(root / TEXT_ENCODER, ignore_errors=True)  # a tokenizer that is half there would be taken for the new one
-    build_scene_text_encoder(root / TEXT_ENCODER, seed=seed)
+    if given is None:
+        build_scene_text_encoder(root / TEXT_ENCODER, seed=seed)
+    else:
+        shutil.copytree(given, root / TEXT_ENCODER)
     (embed,) = TextEncoder(root / TEXT_ENCODER).encode([""])
     write_embedding(root / NEGATIVE_EMBEDDING, embed)
 
@@ -128,7 +139,12 @@ def _write_alone(rank: int, job: _Job) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
-    _write_rank(rank, job)
+    _write_rank(rank, replace(job, device=_device_of(rank, job.device)))
+
+
+def _device_of(rank: int, device: str) -> str:
+    """Where one of several processes works."""
+    return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
 
 
 def _write_rank(rank: int, job: _Job) -> None:

@@ -33,7 +33,7 @@ from rcm_mcore.lab.scenes import Stated, draw_scenes, legibility, parse_prompts,
 NAME = "scenes"
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where examples/ is
 UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
-SIZES = dict(codec=3000, reader=3000, samples=200_000, frames=300_000, frame_steps=1900, teacher=5500)
+SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=1900, teacher=5500)
 QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
 COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "characters %", "motion %")  # in the table of differences
@@ -139,18 +139,10 @@ def prepare(root: Path, *, quick: bool = False) -> None:
     codec = SceneCodec.load(root / "codec.safetensors", device=device())
     print(f"codec: {codec.facts}", flush=True)
     processes = 1 if quick else max(1, min(40, (os.cpu_count() or 1) - 2))
-    for name, count, single in (("frames", sizes["frames"], True), ("data", sizes["samples"], False)):
-        many = 1280 if single else 256
-        write_dataset(
-            root / name,
-            codec,
-            count=count,
-            seed=1,  # of both, because of the text encoder
-            samples_per_shard=many,
-            processes=processes,
-            device=device(),
-            single_frames=single,
-        )
+    dataset: dict[str, Any] = dict(processes=processes, device=device(), text_encoder=shared / "text_encoder")
+    frames: dict[str, Any] = dict(count=sizes["frames"], seed=2, samples_per_shard=1280, single_frames=True)
+    write_dataset(root / "frames", codec, **frames, **dataset)
+    write_dataset(root / "data", codec, count=sizes["samples"], seed=1, **dataset)
     if not (root / "reader.safetensors").exists():
         train_reader(seed=0, codec=codec, steps=sizes["reader"], device=device(), **small).save(root / "reader.safetensors")
     print(f"reader: {SceneReader.load(root / 'reader.safetensors').facts}", flush=True)
