@@ -9,6 +9,7 @@ look like before how they move: frames_run/ is of single latent frames (frames/)
 from __future__ import annotations
 
 import filecmp
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from rcm_mcore.lab.scenes import Stated, draw_scenes, legibility, parse_prompts,
 NAME = "scenes"
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where examples/ is
 UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
-SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=1900, teacher=5500)
+SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=2000, teacher=5000)
 QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
 COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "characters %", "motion %")  # in the table of differences
@@ -45,6 +46,7 @@ _FRAMES = (
     "data.workers=4",
     "pretrain.time.shift=1.0",
     "train.global_batch_size=3072",
+    "train.micro_batch_size=1536",
     "optim.decay=constant",
 )
 _PROMPT_SEED = 1_000_003  # of the scenes that prompts are taken from; training has others
@@ -176,7 +178,7 @@ def _pretrain(root: Path, name: str, *, steps: int, fields: Sequence[str], quick
         f"pretrain.negative_embedding={root}/data/negative_embedding.safetensors",
         f"checkpoint.dir={root}/{name}_run",
         f"train.steps={steps}",
-        f"train.micro_batch_size={batch // ranks}",
+        f"train.micro_batch_size={math.gcd(batch // ranks, config.train.micro_batch_size)}",
     ]
     videos.train(path, overrides, ranks=ranks, show=True)
 
