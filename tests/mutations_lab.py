@@ -23,10 +23,13 @@ ROWS = mutations(
 GPUS = mutations(
     "rcm_mcore/lab/scene_task.py",
     "tests/test_lab.py",
-    ("while batch % ranks or config.data.readers % (ranks", "while batch % ranks or 0 % (ranks",
+    ("(batch % ranks or config.data.readers % (ranks", "(batch % ranks or 0 % (ranks",
      "test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch"),
     ('fields=[f"pretrain.network={root}/frames_run"]', "fields=[]",
      "test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch"),
+    ("< steps:  # torchrun", "< 0:  # torchrun", "test_a_stage_that_was_stopped_is_not_done"),
+    ('.exists()) and not (root / "frames_run").exists():', ".exists()) and False:",
+     "test_scenes_of_an_earlier_version_are_refused"),
     ("shutil.copyfile(shared / name, partial)", "continue", "test_scenes_are_judged_by_the_networks_of_the_example"),
 ) + mutations(
     "tools/lab.py",

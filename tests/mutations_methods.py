@@ -146,7 +146,6 @@ RUNS = [
         ('starts.get("student", starts["teacher"])(student_net)', 'starts["teacher"](student_net)',
          "test_a_stage_begins_with_the_student_of_another"),
         ("        if start and not resuming:\n", "        if False:\n", "test_pretraining_begins_with_another_network"),
-        ("if start and not resuming:", "if start:", "test_resumed_is_bit_equal"),
         ('({"interval": False} if role == "teacher" else {})', "{}", "test_students_that_do_not_fit_are_refused"),
     ),
     *mutations(

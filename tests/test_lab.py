@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from rcm_mcore.checkpoint import read_network
+from rcm_mcore.checkpoint import read_network, write_network
 from rcm_mcore.config import load_config, parse_config
 from rcm_mcore.lab import results, rows, scene_task, videos
 from rcm_mcore.lab.adherence import judge, mean_of
@@ -143,6 +143,7 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
     monkeypatch.setattr(
         scene_task.videos, "train", lambda path, overrides, ranks, show: called.append((path, overrides, ranks))
     )
+    monkeypatch.setattr(scene_task, "step_of", lambda run: scene_task.SIZES["teacher"])
     monkeypatch.setattr(scene_task, "read_network", lambda *_, **__: ())
     monkeypatch.setattr(scene_task, "write_network", lambda *_: None)
     scene_task.train_teacher(tmp_path)
@@ -155,6 +156,25 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
     assert [config.data.shards for config in (frames, videos)] == [
         (f"{tmp_path}/{name}/shard_*.tar",) for name in ("frames", "data")
     ]
+
+
+def test_a_stage_that_was_stopped_is_not_done(monkeypatch, tmp_path):
+    """Under torchrun a run that is told to stop saves and ends well."""
+    monkeypatch.setattr(scene_task.videos, "train", lambda *_, **__: None)
+    run = tmp_path / "frames_run"
+    write_network(run / "step_000000003", {"a": torch.zeros(1)}, {})
+    (run / "latest").write_text("step_000000003")
+    with pytest.raises(RuntimeError, match=r"frames_run was stopped after 3 of \d+ steps; the same command goes on"):
+        scene_task.train_teacher(tmp_path)
+    assert scene_task.step_of(run) == 3 and not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.parametrize("left", ["teacher", "teacher_run"])
+def test_scenes_of_an_earlier_version_are_refused(tmp_path, left):
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=r"holds a teacher and no frames_run, .* give another --out"):
+        scene_task.prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
 def test_scenes_are_judged_by_the_networks_of_the_example(monkeypatch, tmp_path):

@@ -234,6 +234,17 @@ def test_a_text_encoder_that_is_given(written: Path, tmp_path: Path) -> None:
     for given in (None, written / "text_encoder"):
         with pytest.raises(ValueError, match="text_encoder_sha256 was"):
             write_dataset(out, Cells(), count=2, seed=5, samples_per_shard=4, text_encoder=given)
+    other = tmp_path / "other"
+    shutil.copytree(shipped, other)
+    with (other / "spiece.model").open("ab") as file:  # the same weights, another tokenizer
+        file.write(b"x")
+    with pytest.raises(ValueError, match="text_encoder_sha256 was"):
+        write_dataset(out, Cells(), count=2, seed=5, samples_per_shard=4, text_encoder=other)
+    (other / "tokenizer.json").unlink()
+    for folder, name in ((other, "tokenizer.json"), (tmp_path / "nowhere", "config.json")):
+        with pytest.raises(ValueError, match=f"text_encoder={folder}: no {name} in it"):
+            write_dataset(tmp_path / "new", Cells(), count=2, seed=5, text_encoder=folder)
+    assert not (tmp_path / "new").exists()
 
 
 def test_processes_are_dealt_to_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,8 @@ def write_dataset(
         text_encoder: a folder that one was built in, to be copied; none: it is built. One that other versions of its packages
             build has other tokens and weights.
         show: a progress bar, of the first process.
-    Raises: ValueError for a count or number of processes below 1, a codec that cannot encode, another folder; OSError.
+    Raises: ValueError for a count or number of processes below 1, a codec that cannot encode, no text encoder,
+        another folder; OSError.
     """
     if count < 1 or processes < 1:
         raise ValueError(f"count={count}, processes={processes}: both must be at least 1")
@@ -97,8 +98,7 @@ def write_dataset(
     if single_frames:
         arguments["single_frames"] = True
     if text_encoder is not None:
-        weights = Path(text_encoder, "model.safetensors").read_bytes()
-        arguments["text_encoder_sha256"] = hashlib.sha256(weights).hexdigest()
+        arguments["text_encoder_sha256"] = _digest_of_files(Path(text_encoder))
     folder = ShardFolder(root, arguments=arguments, items=count, samples_per_shard=samples_per_shard, files=_FILES)
     manifest = folder.complete()
     if manifest is not None:
@@ -170,6 +170,18 @@ def _outcomes(blocks: list[int], job: _Job) -> Iterator[Outcome]:
             latents, rows, prompts = torch.cat(latents.split(1, dim=2)), list(rows) * times, list(prompts) * times
         for index, latent, embed, prompt in zip(items, latents, rows, prompts):
             yield Outcome(index, prompt, Sample(latent=latent.clone(), embed=embed.to(job.dtype), prompt=prompt))
+
+
+def _digest_of_files(folder: Path) -> str:
+    """SHA-256 of a folder's files, names and bytes; ValueError if it lacks one of those that a text encoder consists of."""
+    parts = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    for name in ("config.json", "model.safetensors", "spiece.model", "tokenizer.json"):
+        if folder / name not in parts:
+            raise ValueError(f"text_encoder={folder}: no {name} in it; expected a folder of build_scene_text_encoder")
+    digest = hashlib.sha256()
+    for path in parts:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _digest(codec: nn.Module) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rcm_mcore.checkpoint import read_network, write_network
+from rcm_mcore.checkpoint.network import resolve
 from rcm_mcore.config import load_config
 from rcm_mcore.lab import videos
 from rcm_mcore.lab.adherence import judge, mean_of
@@ -125,9 +126,17 @@ def video_task(root: Path, *, quick: bool = False) -> videos.VideoTask:
 
 
 def prepare(root: Path, *, quick: bool = False) -> None:
-    """Codec, reader, data and teacher; what is there is used again."""
+    """Codec, reader, data and teacher; what is there is used again.
+
+    Raises: ValueError for a folder that an earlier version began; RuntimeError for a training that failed or was stopped.
+    """
     sizes, shared = QUICK if quick else SIZES, ROOT / "examples" / "scenes"
     small: dict[str, Any] = dict(batch_size=4, width=8, heldout=4) if quick else {}
+    if ((root / "teacher").exists() or (root / "teacher_run").exists()) and not (root / "frames_run").exists():
+        raise ValueError(
+            f"{root} holds a teacher and no frames_run, as earlier versions left them, whose text encoder was another: "
+            "remove the folder, or give another --out"
+        )
     root.mkdir(parents=True, exist_ok=True)
     for name in ("codec.safetensors", "reader.safetensors"):
         # The reader knows the codec that it was trained with.
@@ -143,8 +152,8 @@ def prepare(root: Path, *, quick: bool = False) -> None:
     processes = 1 if quick else max(1, min(40, (os.cpu_count() or 1) - 2))
     dataset: dict[str, Any] = dict(processes=processes, device=device(), text_encoder=shared / "text_encoder")
     frames: dict[str, Any] = dict(count=sizes["frames"], seed=2, samples_per_shard=1280, single_frames=True)
-    write_dataset(root / "frames", codec, **frames, **dataset)
     write_dataset(root / "data", codec, count=sizes["samples"], seed=1, **dataset)
+    write_dataset(root / "frames", codec, **frames, **dataset)
     if not (root / "reader.safetensors").exists():
         train_reader(seed=0, codec=codec, steps=sizes["reader"], device=device(), **small).save(root / "reader.safetensors")
     print(f"reader: {SceneReader.load(root / 'reader.safetensors').facts}", flush=True)
@@ -171,7 +180,7 @@ def _pretrain(root: Path, name: str, *, steps: int, fields: Sequence[str], quick
     fields = [*task.data_overrides, *fields, *task.train_overrides]  # the later of two is taken
     config = load_config(path, fields)
     batch, ranks = config.train.global_batch_size, max(1, torch.cuda.device_count())
-    while batch % ranks or config.data.readers % (ranks * max(1, config.data.workers)):
+    while ranks > 1 and (batch % ranks or config.data.readers % (ranks * max(1, config.data.workers))):
         ranks -= 1
     overrides = [
         *fields,
@@ -181,6 +190,13 @@ def _pretrain(root: Path, name: str, *, steps: int, fields: Sequence[str], quick
         f"train.micro_batch_size={math.gcd(batch // ranks, config.train.micro_batch_size)}",
     ]
     videos.train(path, overrides, ranks=ranks, show=True)
+    if (done := step_of(root / f"{name}_run")) < steps:  # torchrun ends well where its ranks were told to stop
+        raise RuntimeError(f"{root}/{name}_run was stopped after {done} of {steps} steps; the same command goes on with it")
+
+
+def step_of(run: Path) -> int:
+    """Steps that the newest checkpoint of a run has behind it."""
+    return int(resolve(run).name.removeprefix("step_"))
 
 
 def baselines(root: Path, *, seeds: int, quick: bool = False) -> None:
