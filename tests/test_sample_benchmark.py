@@ -80,7 +80,10 @@ def pixels_of(file):
 
 
 def assert_alike(one, other):
-    """The same files: bytes, or pixels up to rounding, which differs from one run to the next (convolutions on a CPU)."""
+    """The same files: bytes, or pixels up to rounding, which differs from one run to the next (convolutions on a CPU).
+
+    An encoder of video makes more of it: 0.39 of 255 in the mean has been seen, where other samples are 5 away.
+    """
     names = sorted(contents(one))
     assert names == sorted(contents(other)) and names
     media_of = {name: pixels_of(one / name) for name in names if name.endswith((".png", ".mp4"))}
@@ -89,7 +92,7 @@ def assert_alike(one, other):
             assert (one / name).read_bytes() == (other / name).read_bytes()
             continue
         errors = {where: np.abs(pixels_of(other / name) - pixels).mean() for where, pixels in media_of.items()}
-        assert errors.pop(name) < 0.2 and all(error > 1 for error in errors.values()), (name, errors)
+        assert errors.pop(name) < 1 and all(error > 2 for error in errors.values()), (name, errors)
 
 
 def read_as_geneval_does(images):
