@@ -92,7 +92,8 @@ def assert_alike(one, other):
             assert (one / name).read_bytes() == (other / name).read_bytes()
             continue
         errors = {where: np.abs(pixels_of(other / name) - pixels).mean() for where, pixels in media_of.items()}
-        assert errors.pop(name) < 1 and all(error > 2 for error in errors.values()), (name, errors)
+        own = errors.pop(name)
+        assert own < 0.5 and all(error > max(1, 2 * own) for error in errors.values()), (name, own, errors)
 
 
 def read_as_geneval_does(images):
