@@ -170,7 +170,8 @@ def test_a_stage_that_was_stopped_is_not_done(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["teacher", "teacher_run"])
-def test_scenes_of_an_earlier_version_are_refused(tmp_path, left):
+def test_scenes_of_an_earlier_version_are_refused(monkeypatch, tmp_path, left):
+    monkeypatch.setattr(scene_task, "write_dataset", lambda *_, **__: pytest.fail("data are written beside it"))
     (tmp_path / left).mkdir()
     with pytest.raises(ValueError, match=r"holds a teacher and no frames_run, .* give another --out"):
         scene_task.prepare(tmp_path)
