@@ -14,6 +14,7 @@ from launch import torchrun
 from rcm_mcore.config import DistillConfig, ModelConfig
 from rcm_mcore.distill import steps
 from rcm_mcore.distill.losses import consistency_tangent
+from rcm_mcore.distill.roles import conditioned
 from rcm_mcore.distill.tangent_error import compare, cosine, differences, emulated, error, make_problem, run
 from rcm_mcore.dual import Dual
 from rcm_mcore.models import build_model
@@ -133,6 +134,19 @@ def test_the_tangent_is_that_of_the_direction(build, monkeypatch):
     problem = make_problem(net, 0.8, LATENT)
     found = differences(net, problem, run(net, problem))
     assert found["F_dot"] < 1e-5 and found["h"] == 1e-5 and found["F"] == 0.0
+    assert list(found["by_step"]) == ["0.001", "1e-05", "0.01"] and found["by_step"]["1e-05"] == found["F_dot"]
+
+
+def test_a_difference_has_the_step_of_training(build, monkeypatch):
+    """`distill.difference_step`, in TrigFlow time: the errors are those of the differences that a consistency step takes."""
+    monkeypatch.setattr("rcm_mcore.distill.tangent_error.STEPS", (0.03,))
+    net = build("float64")
+    problem = make_problem(net, 1.2, LATENT)
+    reference = run(net, problem)
+    x_t, t = problem.x_t, problem.t
+    found = steps._difference(conditioned(net, problem.condition), x_t, t, problem.teacher, 0.03)
+    expected = error((t.cos() * t.sin()).view(-1, 1, 1, 1, 1) * found, reference.out.tangent)
+    assert differences(net, problem, reference)["F_dot"] == pytest.approx(float(expected), rel=1e-6) and expected > 1e-5
 
 
 def test_point_direction_and_g_are_those_of_a_consistency_step(build, monkeypatch):
@@ -216,13 +230,14 @@ def test_a_record(tmp_path):
             rows = record["rows"]
             assert all(row["F_dot"] > 0 and row["g"] > 0 and row["cosine_g"] <= 1 + 1e-9 for row in rows.values())
             assert rows["emulated"]["F_dot"] < 0.03 < rows["finite differences"]["F_dot"]
+            assert rows["finite differences, float32"]["F_dot"] < rows["finite differences"]["F_dot"]
             assert 0 < record["float32_against_float64"] < 1e-4
         assert len(found["seconds"]) == 3 and all(seconds > 0 for seconds in found["seconds"].values())
         rows = [record["rows"] for record in found["records"]]
         for name in ("shipped, fp32 residual", "residual fp32"):
             assert sum(row[name]["F"] for row in rows) < sum(row["shipped, bf16 residual"]["F"] for row in rows)
     text = (tmp_path / "tangent_tiny.md").read_text()
-    assert text.count("\n| residual fp32 |") == 2 and text.count("\n## ") == 2
+    assert text.count("\n| residual fp32 |") == 2 and text.count("\n## ") == 2 and text.count("\n| 0.003 | ") == 2
     assert (tmp_path / "tangent_tiny.png").stat().st_size > 1000
 
 

@@ -148,7 +148,7 @@ def test_the_teacher_of_scenes_is_trained_on_all_gpus_that_divide_its_batch(monk
     monkeypatch.setattr(scene_task, "write_network", lambda *_: None)
     scene_task.train_teacher(tmp_path)
     frames, videos = (load_config(path, overrides) for path, overrides, _ in called)
-    for config, batch, at_once in ((frames, 3072, 1536), (videos, 1536, 384)):
+    for config, batch, at_once in ((frames, 3072, 1536), (videos, 768, 384)):
         assert config.train.global_batch_size == batch and config.train.micro_batch_size == min(batch // ranks, at_once)
     assert [found for *_, found in called] == [ranks, ranks]
     assert frames.pretrain.network == "" and videos.pretrain.network == frames.checkpoint.dir == f"{tmp_path}/frames_run"

@@ -11,7 +11,8 @@ float64 on a few layers. A relative error is |x - reference| / |reference| over 
 
 Rows named `shipped` are networks as they train, by `model` fields. `emulated` ones round as models/wan/rounded.py says, and
 stand for choices that no configuration offers; the first of them should give what the first shipped one gives. Finite
-differences take two evaluations of the one with the float32 residual, (F(x + h dx) - F(x - h dx)) / 2h, at the best h.
+differences take two evaluations, h of TrigFlow time to either side, of the bfloat16 network with the float32 residual and of
+the float32 one: at the best of several h for each time, and in a table of their own at every h for all times.
 
 Random weights are scaled (`Scaling`), because plain initial values give zero outputs, a flat residual stream and a tangent that
 the fastest sinusoids of time drown. `mild` and `harsh` are two guesses of what training leaves behind. What they lead to is
@@ -53,6 +54,7 @@ from rcm_mcore.parallel.mesh import Mesh, make_mesh
 
 TOLERANCE = 1e-3  # of the emulation without rounding against the reference
 CHECKED_LAYERS = 4  # in float64
+DIFFERENCES = "finite differences"
 
 SHIPPED: dict[str, dict[str, Any]] = {
     "shipped, bf16 residual": {"fp32_residual": False},
@@ -200,7 +202,8 @@ def measure(
         with emulated(nets.reference, roundings):
             record["rows"][name] = compare(run(nets.reference, problem), reference, problem)
     step("finite differences")
-    record["rows"]["finite differences"] = differences(nets.shipped["shipped, fp32 residual"], problem, reference)
+    for name, net in ((DIFFERENCES, nets.shipped["shipped, fp32 residual"]), (f"{DIFFERENCES}, float32", nets.reference)):
+        record["rows"][name] = differences(net, problem, reference)
     return record
 
 
@@ -236,6 +239,16 @@ def table(records: list[dict[str, Any]], times: dict[str, float]) -> str:
         cells += [f"{1 - statistics.mean(row['cosine_g'] for row in rows):.1e}"]
         cells += [f"{100 * statistics.mean(last):.2f} %" if last else "", f"{times[name]:.3f}" if name in times else ""]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_step(records: list[dict[str, Any]]) -> str:
+    """Markdown of the finite differences' errors of the tangent at every step, means over the times."""
+    names = [name for name in records[0]["rows"] if name.startswith(DIFFERENCES)]
+    lines = ["| step in TrigFlow time | " + " | ".join(names) + " |", "|---:" * (len(names) + 1) + "|"]
+    for h in records[0]["rows"][DIFFERENCES]["by_step"]:
+        errors = [statistics.mean(r["rows"][name]["by_step"][h] for r in records) for name in names]
+        lines.append(f"| {h} | " + " | ".join(f"{100 * error:.2g} %" for error in errors) + " |")
     return "\n".join(lines)
 
 
@@ -348,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, setting in found.items():
         text += f"\n## {name}\n\n{account(setting['records'])}\n\n{table(setting['records'], setting['seconds'])}\n"
+        text += f"\n{by_step(setting['records'])}\n"
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
