@@ -35,11 +35,11 @@ from rcm_mcore.lab.scenes import Stated, draw_scenes, legibility, parse_prompts,
 NAME = "scenes"
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where examples/ is
 UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
-SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=2000, teacher=5000)
+SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=2000, teacher=12_500)
 QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
 COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "characters %", "motion %")  # in the table of differences
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 LATENT = (16, 5, 16, 16)
 # Of the training on frames, beside teacher.yaml's. Noise hides less of a frame than of five that show nearly the same.
 _FRAMES = (
