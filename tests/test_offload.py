@@ -132,6 +132,27 @@ def test_the_device_has_none_of_it_between_steps(mesh, tmp_path, dtype, offload,
     assert all(torch.equal(a, b) for a, b in zip(before, network.net.parameters())) and held(network) == on_device
 
 
+def test_gradients_go_back_to_the_allocator_alone(mesh, tmp_path, monkeypatch):
+    """Not to the device, from which the next step would have to get all of its memory anew."""
+    network, called = trained(mesh, tmp_path, "bfloat16", []), []
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
+    held = lambda: [buffer.grad_data.untyped_storage().nbytes() for buffer in network.ddp.buffers]
+    for _ in range(2):  # a network that sleeps is told to sleep in every step of the other, one that is awake to wake up
+        network.wake()
+    assert all(held())
+    for p in network.net.parameters():
+        p.main_grad.fill_(1.0)
+    network.wake()
+    assert all(bool((p.main_grad == 1.0).all()) for p in network.net.parameters())
+    for _ in range(2):
+        network.sleep()
+    assert not any(held())
+    network.wake()
+    assert all(held()) and not any(bool(p.main_grad.any()) for p in network.net.parameters())
+    assert called == []
+
+
 def test_what_is_read_only_is_not_copied_back(mesh):
     x, kept = torch.arange(4.0, device=mesh.device), torch.ones(2)
     away, room = Offloaded([x]), x.untyped_storage()  # never x itself in an assertion: there is nothing to show

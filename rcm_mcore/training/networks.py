@@ -35,12 +35,16 @@ class Trained:
     steps: int = 0
 
     def sleep(self) -> None:
-        """Free the gradient buffer while another network trains."""
-        self.ddp.offload_grad_buffers()
+        """Free the gradient buffer while another network trains.
+
+        To the allocator, which hands it on in the order of the stream. To the device (`empty_cache`, megatron's default) would
+        cost every step the allocation of all that it needs, and whatever else the GPU does would have to stop for it.
+        """
+        self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
 
     def wake(self) -> None:
         """Have a gradient buffer again, all zeros."""
-        self.ddp.restore_grad_buffers()
+        self.ddp.restore_grad_buffers(synchronize=False)
 
     def lr(self, config: Config) -> float:
         """Learning rate of the next step."""
