@@ -34,7 +34,7 @@ STEPS = mutations(
     ("(high - low) / over_sample(after - before)", "(high - low) / (2 * step)", "test_finite_differences_stay_within_time"),
     ("trig_velocity(student, x + over_sample(at - t) * x_dot, at)", "trig_velocity(student, x, at)",
      "test_finite_differences_tend_to_the_tangent"),
-    ("over_sample(speed) * _difference(", "_difference(", "test_finite_differences_tend_to_the_tangent"),
+    ("over_sample(speed) * central_difference(", "central_difference(", "test_finite_differences_tend_to_the_tangent"),
     ("_present(by_difference)[rows]", "_present(by_difference)[: len(rows)]", "test_steps_with_bad_samples_of_both_kinds"),
     ("x, time = Dual(x_s[rows], velocity[rows])", "x, time = Dual(x_s[rows], -velocity[rows])", "test_mean_flow_step"),
     ("told = batch.condition._replace(end=end)", "told = batch.condition._replace(end=s)", "test_mean_flow_step"),

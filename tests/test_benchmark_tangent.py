@@ -144,7 +144,7 @@ def test_a_difference_has_the_step_of_training(build, monkeypatch):
     problem = make_problem(net, 1.2, LATENT)
     reference = run(net, problem)
     x_t, t = problem.x_t, problem.t
-    found = steps._difference(conditioned(net, problem.condition), x_t, t, problem.teacher, 0.03)
+    found = steps.central_difference(conditioned(net, problem.condition), x_t, t, problem.teacher, 0.03)
     expected = error((t.cos() * t.sin()).view(-1, 1, 1, 1, 1) * found, reference.out.tangent)
     assert differences(net, problem, reference)["F_dot"] == pytest.approx(float(expected), rel=1e-6) and expected > 1e-5
 

@@ -34,7 +34,7 @@ from rcm_mcore.diffusion.samplers import sample_mean_flow
 from rcm_mcore.diffusion.trigflow import draw_time, time_grid
 from rcm_mcore.distill.phases import Phase
 from rcm_mcore.distill.roles import conditioned
-from rcm_mcore.distill.steps import _difference, consistency_step, discrete_step, mean_flow_step
+from rcm_mcore.distill.steps import central_difference, consistency_step, discrete_step, mean_flow_step
 from rcm_mcore.dual import rowwise
 from rcm_mcore.parallel.random import generator
 
@@ -179,7 +179,7 @@ def test_finite_differences_stay_within_time(roles, batch):
     f = lambda x, t: torch.stack([velocity(roles.student, *of_one) for of_one in zip(x, t, batch.condition.text)])
     want = torch.func.jvp(f, (x, t), (x_dot, torch.ones_like(t)))[1]
     errors = [
-        (_difference(conditioned(student, batch.condition), x, t, x_dot, h) - want).flatten(1).norm(dim=1)
+        (central_difference(conditioned(student, batch.condition), x, t, x_dot, h) - want).flatten(1).norm(dim=1)
         / want.flatten(1).norm(dim=1)
         for h in (1e-2, 5e-3)
     ]

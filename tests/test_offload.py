@@ -137,19 +137,19 @@ def test_gradients_go_back_to_the_allocator_alone(mesh, tmp_path, monkeypatch):
     network, called = trained(mesh, tmp_path, "bfloat16", []), []
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
-    held = lambda: [buffer.grad_data.untyped_storage().nbytes() for buffer in network.ddp.buffers]
+    gradients = lambda: [buffer.grad_data.untyped_storage().nbytes() for buffer in network.ddp.buffers]
     for _ in range(2):  # a network that sleeps is told to sleep in every step of the other, one that is awake to wake up
         network.wake()
-    assert all(held())
+    assert all(gradients())
     for p in network.net.parameters():
         p.main_grad.fill_(1.0)
     network.wake()
     assert all(bool((p.main_grad == 1.0).all()) for p in network.net.parameters())
     for _ in range(2):
         network.sleep()
-    assert not any(held())
+    assert not any(gradients())
     network.wake()
-    assert all(held()) and not any(bool(p.main_grad.any()) for p in network.net.parameters())
+    assert all(gradients()) and not any(bool(p.main_grad.any()) for p in network.net.parameters())
     assert called == []
 
 

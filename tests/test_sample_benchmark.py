@@ -82,8 +82,8 @@ def pixels_of(file):
 def assert_alike(one, other):
     """The same files: bytes, or pixels up to rounding, which differs from one run to the next (convolutions) and by mesh.
 
-    An encoder of video makes more of it: 0.39 of 255 in the mean has been seen on a CPU, 1.08 on an H200 at tp=2, where
-    convolutions take TF32; other samples are 5 away.
+    An encoder of video makes more of it: 0.39 of 255 in the mean has been seen on a CPU, 1.08 on an H200 at tp=2 (once; of what
+    part is not known); other samples are 5 away.
     """
     names = sorted(contents(one))
     assert names == sorted(contents(other)) and names
@@ -94,7 +94,8 @@ def assert_alike(one, other):
             continue
         errors = {where: np.abs(pixels_of(other / name) - pixels).mean() for where, pixels in media_of.items()}
         own = errors.pop(name)
-        assert own < 1.5 and all(error > max(1, 4 * own) for error in errors.values()), (name, own, errors)
+        bound = 1.5 if torch.cuda.is_available() else 0.5
+        assert own < bound and all(error > max(1, 4 * own) for error in errors.values()), (name, own, errors)
 
 
 def read_as_geneval_does(images):

@@ -117,7 +117,7 @@ class DistillConfig:
     tangent_norm_constant: float = 0.1  # c in g / (|g| + c); in g / (|g|^2 + c) of meanflow
     tangent: Literal["jvp", "finite_difference"] = "jvp"  # of the student of rcm and scm; differences are for comparisons alone
     # Of TrigFlow time, to both sides, in float32: of the laboratory's Wan teacher 1e-4 gives the tangent to 0.1 %, 1e-2 to 24 %
-    # (the fastest sinusoid, of 1000 s, goes round more than once). In bfloat16 3e-3 is best, to 16 % (docs/quality).
+    # (the fastest sinusoid, of 1000 s, goes round more than once). In bfloat16 3e-3 is best, to 17 % (docs/quality).
     difference_step: float = 1e-4
     discrete_steps: int = 50  # dcm: steps from noise to data, equally likely under time_g
     instant_share: float = 0.25  # meanflow: share of samples whose interval is empty, which see the teacher's velocity

@@ -96,7 +96,7 @@ def consistency_step(batch: MicroBatch, roles: Roles, config: Config, phase: Pha
     by_difference = None
     if distill.tangent == "finite_difference":
         student = conditioned(roles.student, batch.condition)
-        by_difference = over_sample(speed) * _difference(student, x_t, t, primal(teacher), distill.difference_step)
+        by_difference = over_sample(speed) * central_difference(student, x_t, t, primal(teacher), distill.difference_step)
 
     def run(rows: Tensor) -> MaybeDual:
         student = conditioned(roles.student, batch.condition.rows(rows))
@@ -121,8 +121,9 @@ def consistency_step(batch: MicroBatch, roles: Roles, config: Config, phase: Pha
 
 
 @torch.no_grad()
-def _difference(student: Velocity, x: Tensor, t: Tensor, x_dot: Tensor, step: float) -> Tensor:
-    """dF/dt along (x_dot, 1) from two evaluations, `step` to either side where time goes on that far.
+def central_difference(student: Velocity, x: Tensor, t: Tensor, x_dot: Tensor, step: float) -> Tensor:
+    """dF/dt [B, C, F, H, W] along (x_dot, 1) from two evaluations at x + (t' - t) x_dot, `step` to either side in TrigFlow
+    time t [B] where time goes on that far.
 
     Never at 0, where the velocity towards frames that are given is 0 / 0.
     """

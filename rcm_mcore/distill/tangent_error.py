@@ -19,6 +19,7 @@ from rcm_mcore.condition import Condition
 from rcm_mcore.diffusion.trigflow import diffuse, over_sample, rf_time, trig_velocity
 from rcm_mcore.distill.losses import consistency_tangent
 from rcm_mcore.distill.roles import conditioned, guided
+from rcm_mcore.distill.steps import central_difference
 from rcm_mcore.dual import Dual, primal, rowwise
 from rcm_mcore.models import DiffusionTransformer
 from rcm_mcore.models.wan.rounded import RoundedBlock, Roundings
@@ -123,16 +124,13 @@ def compare(trace: Trace, reference: Trace, problem: Problem) -> dict[str, Any]:
 
 @torch.no_grad()
 def differences(net: DiffusionTransformer, problem: Problem, reference: Trace) -> dict[str, Any]:
-    """Of central finite differences, at the step h with the least error of the tangent; `by_step`: that error at every h."""
-    (x, x_dot), (t, speed) = problem.duals
-    velocity = conditioned(net, problem.condition)
-    middle = trig_velocity(velocity, x, t)
+    """Of training's finite differences, at the step h with the least error of the tangent; `by_step`: that error at every h."""
+    velocity, (x, t) = conditioned(net, problem.condition), (problem.x_t, problem.t)
+    middle, speed = trig_velocity(velocity, x, t), over_sample(problem.duals[1].tangent)
     rows = []
     for h in STEPS:
-        k = h / float(speed)  # t moves by h
-        ends = [trig_velocity(velocity, x + sign * k * x_dot, t + sign * k * speed) for sign in (1, -1)]
-        trace = Trace(Dual(middle, (ends[0] - ends[1]) / (2 * k)), [])
-        rows.append(compare(trace, reference, problem) | {"h": h})
+        tangent = speed * central_difference(velocity, x, t, problem.teacher, h)
+        rows.append(compare(Trace(Dual(middle, tangent), []), reference, problem) | {"h": h})
     return min(rows, key=lambda row: row["F_dot"]) | {"by_step": {f"{row['h']:g}": row["F_dot"] for row in rows}}
 
 
