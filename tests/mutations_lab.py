@@ -45,6 +45,13 @@ GPUS = mutations(
     ('"--standalone", f"--nproc-per-node={ranks}"] if ranks > 1', '"--standalone", "--nproc-per-node=1"] if ranks > 1',
      "test_a_run_on_two_ranks"),
     ('if show and " INFO step " in line:', "if False:", "test_a_run_on_two_ranks"),
+    ("row.times * task.updates // len(row.plan), None", "task.updates // len(row.plan), None",
+     "test_longer_rows_have_three_times_the_updates"),
+) + mutations(
+    "rcm_mcore/lab/plane_task.py",
+    "tests/test_lab.py",
+    ("updates = row.times * pretraining", "updates = pretraining", "test_longer_rows_have_three_times_the_updates"),
+    ("steps=pretraining, width", "steps=updates, width", "test_longer_rows_have_three_times_the_updates"),
 )  # fmt: skip
 
 SAMPLER = mutations(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rcm_mcore.checkpoint import CheckpointError, CheckpointFolder
 from rcm_mcore.config import load_config
 from rcm_mcore.parallel.mesh import destroy_mesh, init_distributed
-from rcm_mcore.training import setup
+from rcm_mcore.training import loop, setup
 from rcm_mcore.training.loop import save, train
 from rcm_mcore.training.saver import Saver
 from rcm_mcore.training.setup import check, set_up
@@ -71,15 +71,24 @@ def pass_over(run, position):
 
 
 def unwritable(path, rank):
-    """Train while `rank` cannot write files of more than 100 kB; returns the error."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    """Train; from its first save on `rank` cannot write files of more than 100 kB (before it, kernels are compiled to files).
+
+    Returns the error.
+    """
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), loop.save
+
+    def full(run, saver):
+        if dist.get_rank() == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(run, saver)
+
+    loop.save = full
     try:
         train(load_config(path))
     except CheckpointError as error:
         return str(error)
     finally:
+        loop.save = save
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 

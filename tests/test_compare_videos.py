@@ -28,6 +28,7 @@ from rcm_mcore.lab.reader import SceneReader
 
 PROMPTS = ("a cat", "24-7 shop", "x.y", "alone")
 READ = ["--size", "16", "16", "--frames", "4"]
+SAME = 1e-3 if torch.cuda.is_available() else 1e-6  # a GPU's convolutions round otherwise than the CPU's of by_hand
 
 
 def load_tool():
@@ -84,7 +85,7 @@ def test_the_measures_are_those_of_the_features(site, capsys):
     result = run(site)
     (real_names, real, real_videos), (names, generated, videos) = by_hand(site, "real"), by_hand(site, "generated")
     row = result["rows"][1]
-    assert row["Frechet"] == pytest.approx(frechet_distance(real, generated), rel=1e-6)
+    assert row["Frechet"] == pytest.approx(frechet_distance(real, generated), rel=SAME)
     assert (row["precision"], row["recall"]) == precision_recall(real, generated)
     assert (row["density"], row["coverage"]) == density_coverage(real, generated)
     # 4 samples of each of the 3 prompts that have so many
@@ -92,16 +93,16 @@ def test_the_measures_are_those_of_the_features(site, capsys):
     groups = [[name[:-6] for name in found] for found in kept]
     rows = [[found.index(name) for name in some] for found, some in zip((real_names, names), kept)]
     bandwidth = median_distance(real[rows[0]], groups[0])
-    assert (result["per_prompt"], result["bandwidth"]) == (4, pytest.approx(bandwidth, rel=1e-6))
+    assert (result["per_prompt"], result["bandwidth"]) == (4, pytest.approx(bandwidth, rel=SAME))
     for found, features, some, labels in zip(result["rows"], (real, generated), rows, groups):
-        assert found["distance within prompts"] == pytest.approx(within_group_diversity(features[some], labels), rel=1e-6)
+        assert found["distance within prompts"] == pytest.approx(within_group_diversity(features[some], labels), rel=SAME)
         vendi = within_group_vendi(features[some], labels, bandwidth=bandwidth)
-        assert found["Vendi within prompts"] == pytest.approx(vendi, rel=1e-6)
+        assert found["Vendi within prompts"] == pytest.approx(vendi, rel=SAME)
     times = [temporal_consistency(given) for given in (real_videos, videos)]
     for name in ("change", "jitter"):
         values = [getattr(found, name) for found in times]
-        assert [found[name] for found in result["rows"]] == pytest.approx([float(v.mean()) for v in values], rel=1e-6)
-        assert row[f"{name} W1"] == pytest.approx(wasserstein(*values), rel=1e-6)
+        assert [found[name] for found in result["rows"]] == pytest.approx([float(v.mean()) for v in values], rel=SAME)
+        assert row[f"{name} W1"] == pytest.approx(wasserstein(*values), rel=SAME)
         low, high = result["intervals"][1][name]
         assert low < row[name] < high
     assert 1.4 < row["jitter"] < 1.6, "noise that is new in every frame"
@@ -117,7 +118,8 @@ def test_the_first_row_is_one_half_of_the_real_against_the_other(site):
     _, real, _ = by_hand(site, "real")
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     expected = frechet_distance(real[order[:8]], real[order[8:]])
-    assert result["rows"][0]["Frechet"] == pytest.approx(expected, rel=1e-6) == again["rows"][0]["Frechet"]
+    assert result["rows"][0]["Frechet"] == pytest.approx(expected, rel=SAME)
+    assert result["rows"][0]["Frechet"] == again["rows"][0]["Frechet"]
     assert other["rows"][0]["Frechet"] != result["rows"][0]["Frechet"]
     assert other["rows"][1]["Frechet"] == result["rows"][1]["Frechet"]
 

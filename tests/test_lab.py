@@ -16,7 +16,7 @@ import torch
 
 from rcm_mcore.checkpoint import read_network, write_network
 from rcm_mcore.config import load_config, parse_config
-from rcm_mcore.lab import results, rows, scene_task, videos
+from rcm_mcore.lab import plane_task, results, rows, scene_task, videos
 from rcm_mcore.lab.adherence import judge, mean_of
 from rcm_mcore.lab.codec import SceneCodec, psnr
 from rcm_mcore.lab.plane import make_config
@@ -71,7 +71,7 @@ def test_variants_of_scm_are_compared_with_scm(tmp_path):
     text = results.tables(tmp_path, rows.ROWS, compared=["Frechet"]).split("### Time embedding")[1]
     assert "| rCM, 2 " not in text and "| sCM, 2 | 3 ± 0 |" in text
     assert "| sCM, bfloat16 time - sCM, 2 | 0.5 ± 0 |" in text and text.count(" - ") == 1
-    for row in rows.ROWS:
+    for row in rows.find(None):
         assert rows.BY_NAME[row.against].group == rows.METHODS
         methods = {"rcm": "rCM", "scm": "sCM"}
         assert row.group == rows.METHODS or methods[row.distill["method"]] == row.against
@@ -108,7 +108,8 @@ def test_differences_are_of_the_same_seed(tmp_path):
 
 def test_rows_by_name_and_group():
     assert [row.name for row in rows.find(["sCM", "tangent"])] == ["sCM", "rCM, finite differences", "sCM, finite differences"]
-    assert len(rows.find(None)) == len(rows.ROWS)
+    assert rows.find(None) == [row for row in rows.ROWS if row.group != rows.LONGER]
+    assert [(row.times, row.plan) for row in rows.find([rows.LONGER])] == [(3, row.plan) for row in rows.find([rows.METHODS])]
     with pytest.raises(ValueError, match=r"--rows \['xCM'\]: there are rCM, sCM"):
         rows.find(["sCM", "xCM"])
 
@@ -275,7 +276,9 @@ def test_a_task_of_videos_from_nothing_to_a_report(tmp_path):
     done = lab("scenes", "--quick", "--rows", name, "--seeds", 1, "--jobs", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "scenes_quick" / rows.BY_NAME[name].slug / "seed_0"
-    found = json.loads((folder / results.RESULT).read_text())["by_steps"]
+    result = json.loads((folder / results.RESULT).read_text())
+    found = result["by_steps"]
+    assert result["facts"]["updates"] == 6
     assert [(steps, measured["evaluations"]) for steps, measured in found.items()] == [("1", 1), ("2", 2), ("4", 4)]
     assert {"adherence %", "legible %", "Frechet", "diversity", "Vendi", "jitter off"} <= found["1"].keys()
     assert all(math.isfinite(value) for measured in found.values() for value in measured.values())
@@ -295,6 +298,20 @@ def test_a_task_of_videos_from_nothing_to_a_report(tmp_path):
     assert json.loads((tmp_path / "report" / "scenes.json").read_text())["guidance"] == [weak, strong]
     for picture in ("scenes.png", "scenes_trade_off.png", "scenes_curves.png"):
         assert (tmp_path / "report" / picture).stat().st_size > 5000
+
+
+def test_longer_rows_have_three_times_the_updates(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(videos, "train", lambda config, overrides: ran.append([x for x in overrides if "train.steps" in x]))
+    task = scene_task.video_task(tmp_path)
+    for name in ("sCM, 3x", "dCM, sCM, rCM in turn, 3x"):
+        videos.train_student(task, rows.BY_NAME[name], 0, tmp_path)
+    assert ran == [["train.steps=1200"], ["train.steps=400"], ["train.steps=400"], ["train.steps=800"]]
+    short, longer = (plane_task.run(rows.BY_NAME[name], 0, tmp_path / name, quick=True) for name in ("sCM", "sCM, 3x"))
+    assert [result["facts"]["updates"] for result in (short, longer)] == [60, 180]
+    logs = [[json.loads(x) for x in (tmp_path / name / "stage_1/log.jsonl").open()] for name in ("sCM", "sCM, 3x")]
+    assert [len(log) for log in logs] == [60, 180]
+    assert logs[0][0] == logs[1][0], "from the same pretrained network"
 
 
 @pytest.mark.parametrize(

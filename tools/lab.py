@@ -4,6 +4,7 @@
     python tools/lab.py digits                    # moving digits: an hour and a half on two cores
     python tools/lab.py scenes                    # rendered scenes with captions: a GPU, or several, to which jobs are dealt
     python tools/lab.py digits --rows rCM sCM --seeds 3 --jobs 2
+    python tools/lab.py scenes --rows "three times the updates"    # every method once more, for longer
     python tools/lab.py guidance scenes           # what the teacher makes at several strengths of guidance
     python tools/lab.py report plane digits       # tables and pictures of what is there
 
@@ -142,7 +143,7 @@ def report(args: argparse.Namespace) -> None:
     """OUT/report/TASK.md with its pictures, and TASK.json, of the results that are there."""
     from rcm_mcore.evaluation.report import training_curves
     from rcm_mcore.lab.results import logs, tables, trade_off, write_record
-    from rcm_mcore.lab.rows import METHODS, WEIGHTS
+    from rcm_mcore.lab.rows import METHODS, ROWS, WEIGHTS
 
     target = args.out / "report"
     for name in args.tasks:
@@ -151,7 +152,7 @@ def report(args: argparse.Namespace) -> None:
             raise ValueError(f"{root} holds no results: run `python tools/lab.py {name}` first")
     target.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:
-        root, task, rows = folder(args.out, name, args.quick), task_of(name), rows_of(name, None)
+        root, task, rows = folder(args.out, name, args.quick), task_of(name), rows_of(name, [row.name for row in ROWS])
         traded = [row.name for row in rows if row.group in (METHODS, WEIGHTS)]  # as many as there are colours
         measures = dict(quality=task.QUALITY, diversity=task.DIVERSITY)
         text = tables(root, rows, compared=task.COMPARED)
@@ -173,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in TASKS:
         command = commands.add_parser(name, help=f"train and measure the students of {name}")
-        command.add_argument("--rows", nargs="+", help="names of rows or groups; default all")
+        command.add_argument("--rows", nargs="+", help="names of rows or groups (default: all but longer runs)")
         command.add_argument("--seeds", type=int, default=3, help="runs of each row; intervals need 2 (default %(default)s)")
         command.add_argument("--jobs", type=int, help="runs at a time (default: four a GPU, or cores)")
     command = commands.add_parser("guidance", help="the teacher at several strengths of guidance")

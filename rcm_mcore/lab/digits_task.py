@@ -104,8 +104,7 @@ def of_prompts(prompts: Sequence[str], real: Any, seed: int) -> Tensor:
 def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any]:
     """See videos.run."""
     root = out.parent.parent
-    task = video_task(root, quick=quick)
-    return videos.run(task, DigitJudge(root), row, seed, out, updates=task.updates)
+    return videos.run(video_task(root, quick=quick), DigitJudge(root), row, seed, out)
 
 
 def picture(task: Path, path: Path, order: Sequence[str]) -> None:

@@ -31,12 +31,13 @@ BESIDE = ("data", "teacher, Euler 50", "teacher, Euler 4")  # in pictures
 
 def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any]:
     """Train and measure one student; result.json, logs and density.safetensors in `out`. Returns the result."""
-    updates = QUICK_UPDATES if quick else UPDATES
+    pretraining = QUICK_UPDATES if quick else UPDATES
+    updates = row.times * pretraining
     data, grid, row = ring(), Grid(size=96 if quick else 320), with_warmup(row, updates // len(row.plan))
     start = time.perf_counter()
     with local_mesh() as mesh:
         group = mesh.groups.mp
-        base = pretrained(group, data, seed, steps=updates, width=WIDTH)
+        base = pretrained(group, data, seed, steps=pretraining, width=WIDTH)
         student: Net = with_interval(base) if row.model.get("interval") else copy.deepcopy(base)
         for stage, fields in enumerate(row.plan, start=1):
             config = make_config(**scaled(fields))

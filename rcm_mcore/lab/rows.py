@@ -1,4 +1,4 @@
-"""The students of the study: each a change of one run, trained from the same teacher and data with as many student updates."""
+"""The students of the study: each a change of one run, trained from the same teacher and data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAMBDA = 0.01  # the paper's weight of score distillation beside consistency; sc
 class Row:
     """A student. `distill`, `model`: fields of these sections; `stages`: of earlier stages, which share the updates.
 
-    `against`: name of the row that it is compared with.
+    `times`: of the task's student updates; `against`: name of the row that it is compared with.
     """
 
     name: str
@@ -21,6 +21,7 @@ class Row:
     distill: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Mapping[str, Any], ...] = ()
+    times: int = 1
     against: str = "rCM"
 
     @property
@@ -39,15 +40,18 @@ class Row:
         return bool(self.model.get("bf16_time"))
 
 
-METHODS, WEIGHTS = "methods", "weight of the score term"
+METHODS, WEIGHTS, LONGER = "methods", "weight of the score term", "three times the updates"
 RCM: dict[str, Any] = {"method": "rcm"}
-ROWS = (
+_METHODS = (
     Row("rCM", METHODS, RCM),
     Row("sCM", METHODS, {"method": "scm"}),
     Row("DMD2", METHODS, {"method": "dmd"}),
     Row("dCM", METHODS, {"method": "dcm"}),
     Row("MeanFlow", METHODS, {"method": "meanflow"}, {"interval": True}),
     Row("dCM, sCM, rCM in turn", METHODS, RCM, stages=({"method": "dcm"}, {"method": "scm"})),
+)
+ROWS = (
+    *_METHODS,
     *(
         Row(f"rCM, lambda {weight:g}", WEIGHTS, RCM | {"scm_weight": 1 / weight, "dmd_weight": 1.0})
         for weight in (1.0, 0.1, 0.001)  # 0.01 is rCM's
@@ -58,14 +62,18 @@ ROWS = (
     Row("sCM, tangent warm-up", "tangent warm-up", {"method": "scm", "tangent_warmup": "WARMUP"}, against="sCM"),
     Row("rCM, finite differences", "tangent", RCM | {"tangent": "finite_difference"}),
     Row("sCM, finite differences", "tangent", {"method": "scm", "tangent": "finite_difference"}, against="sCM"),
+    *(
+        replace(row, name=f"{row.name}, 3x", group=LONGER, times=3, against="rCM" if row.name == "rCM" else "rCM, 3x")
+        for row in _METHODS
+    ),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
 
 def find(names: list[str] | None) -> list[Row]:
-    """Rows by name or group, all of them if there are no names. Raises ValueError for a name that is neither."""
+    """Rows by name or group; without names all but the longer ones. Raises ValueError for a name that is neither."""
     if not names:
-        return list(ROWS)
+        return [row for row in ROWS if row.times == 1]
     groups = {row.group for row in ROWS}
     if unknown := [name for name in names if name not in BY_NAME and name not in groups]:
         raise ValueError(f"--rows {unknown}: there are {', '.join([*BY_NAME, *sorted(groups)])}")

@@ -38,7 +38,7 @@ UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
 SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=2000, teacher=12_500)
 QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
-COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "characters %", "motion %")  # in the table of differences
+COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "adherence %", "shape %", "motion %", "characters %")  # in the table of differences
 GUIDANCE = 2.0
 LATENT = (16, 5, 16, 16)
 # Of the training on frames, beside teacher.yaml's. Noise hides less of a frame than of five that show nearly the same.
@@ -219,8 +219,7 @@ def make_judge(root: Path, *, quick: bool = False) -> SceneJudge:
 def run(row: Row, seed: int, out: Path, *, quick: bool = False) -> dict[str, Any]:
     """See videos.run."""
     root = out.parent.parent
-    task = video_task(root, quick=quick)
-    return videos.run(task, make_judge(root, quick=quick), row, seed, out, updates=task.updates)
+    return videos.run(video_task(root, quick=quick), make_judge(root, quick=quick), row, seed, out)
 
 
 def picture(task: Path, path: Path, order: Sequence[str]) -> None:

@@ -98,9 +98,9 @@ def train(config: Path, overrides: Sequence[str], *, ranks: int = 1, show: bool 
         raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}:\n{''.join(last)}")
 
 
-def train_student(task: VideoTask, row: Row, seed: int, out: Path, *, updates: int) -> Path:
+def train_student(task: VideoTask, row: Row, seed: int, out: Path) -> Path:
     """Every stage of a row in turn; returns the folder of the last run."""
-    share, before = updates // len(row.plan), None
+    share, before = row.times * task.updates // len(row.plan), None
     row = with_warmup(row, share)
     for i, fields in enumerate(row.plan):
         folder = out / f"stage_{i + 1}"
@@ -127,12 +127,12 @@ def train_student(task: VideoTask, row: Row, seed: int, out: Path, *, updates: i
     return before
 
 
-def run(task: VideoTask, judge: Judge, row: Row, seed: int, out: Path, *, updates: int) -> dict[str, Any]:
+def run(task: VideoTask, judge: Judge, row: Row, seed: int, out: Path) -> dict[str, Any]:
     """Train, sample and judge one student; result.json, samples.safetensors and, as a checkpoint of its own, student/ in `out`.
 
     Returns the result. Of the runs that led to it only the logs are kept: their checkpoints are several times the size.
     """
-    trained = train_student(task, row, seed, out, updates=updates)
+    trained = train_student(task, row, seed, out)
     sampler = "mean_flow" if row.model.get("interval") else "few_step"
     by_steps, shown = {}, {}
     for steps in STEPS:
@@ -141,7 +141,7 @@ def run(task: VideoTask, judge: Judge, row: Row, seed: int, out: Path, *, update
         by_steps[str(steps)] = {**cost, **judge.measures(made.latents, task.prompts)}
         shown[str(steps)] = made.latents[sheet_rows(len(task.prompts))].contiguous()
     log = [json.loads(line) for stage in sorted(out.glob("stage_*/log.jsonl")) for line in stage.read_text().splitlines()]
-    facts = {"updates": updates, "seconds": sum(line["seconds"] for line in log), "commit": commit()}
+    facts = {"updates": row.times * task.updates, "seconds": sum(line["seconds"] for line in log), "commit": commit()}
     result = dict(row=row.name, group=row.group, seed=seed, facts=facts, by_steps=by_steps)
     write_tensors(out / "samples.safetensors", shown)
     if not (out / "student").exists():
