@@ -169,14 +169,16 @@ def _exact(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[st
 def trade_off(task: Path, path: Path, *, quality: str, diversity: str, order: Sequence[str], title: str) -> None:
     """A plot of one measure against another, a panel for each number of steps: means and intervals over seeds.
 
-    The baselines are black. Logarithmic where `quality` spans more than a decade. Needs matplotlib.
+    The baselines are black, without the teacher's one and two steps, beside which all else would be one spot. Logarithmic where
+    `quality` spans more than a decade. Needs matplotlib.
     """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    results, baselines = read_results(task), read_baselines(task)
+    results = read_results(task)
+    baselines = {name: runs for name, runs in read_baselines(task).items() if not name.endswith(("Euler 1", "Euler 2"))}
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharex=True, sharey=True)
     colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
     means = [runs[0][quality] for runs in baselines.values()]

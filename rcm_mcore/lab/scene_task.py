@@ -38,7 +38,8 @@ UPDATES, PROMPTS, PER_PROMPT, REAL_PER_PROMPT = 400, 64, 8, 32
 SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_steps=2000, teacher=12_500)
 QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
-COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "adherence %", "shape %", "motion %", "characters %")  # in the table of differences
+# In the table of differences.
+COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "adherence %", "shape %", "motion %", "characters %")
 GUIDANCE = 2.0
 LATENT = (16, 5, 16, 16)
 # Of the training on frames, beside teacher.yaml's. Noise hides less of a frame than of five that show nearly the same.
