@@ -11,6 +11,7 @@ REPORT = mutations(
     ("row.name != row.against and row.against in found", "row.against in found", "test_differences_are_of_the_same_seed"),
     ("for label, runs in known.items() if len(runs) > 1}", "for label, runs in known.items()}",
      "test_differences_are_of_the_same_seed"),
+    ('if not name.endswith(("Euler 1", "Euler 2"))', "if True", "test_a_trade_off_leaves_out_the_teacher_of_one_and_two_steps"),
     ('row.name if len(stages) == 1 else f"{row.name}, stage {i}"', "row.name", "test_logs_of_stages"),
 )  # fmt: skip
 
@@ -18,6 +19,8 @@ ROWS = mutations(
     "rcm_mcore/lab/rows.py",
     "tests/test_lab.py",
     ('"bf16_time": True}, against="sCM")', '"bf16_time": True})', "test_variants_of_scm_are_compared_with_scm"),
+    ('against="rCM" if row.name == "rCM" else "rCM, 3x"', 'against="rCM"', "test_rows_by_name_and_group"),
+    ("if row.times == 1]", "]", "test_rows_by_name_and_group"),
 )
 
 GPUS = mutations(
@@ -47,6 +50,7 @@ GPUS = mutations(
     ('if show and " INFO step " in line:', "if False:", "test_a_run_on_two_ranks"),
     ("row.times * task.updates // len(row.plan), None", "task.updates // len(row.plan), None",
      "test_longer_rows_have_three_times_the_updates"),
+    ('"updates": row.times * task.updates', '"updates": task.updates', "test_longer_rows_have_three_times_the_updates"),
 ) + mutations(
     "rcm_mcore/lab/plane_task.py",
     "tests/test_lab.py",

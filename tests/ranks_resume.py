@@ -71,9 +71,9 @@ def pass_over(run, position):
 
 
 def unwritable(path, rank):
-    """Train; from its first save on `rank` cannot write files of more than 100 kB (before it, kernels are compiled to files).
+    """Train; from its first save on, `rank` cannot write files of more than 100 kB; returns the error.
 
-    Returns the error.
+    Not from the beginning: the first step of a student and that of a critic compile their kernels to files.
     """
     limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), loop.save
 

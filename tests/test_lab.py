@@ -8,11 +8,13 @@ import queue
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import tiny
 import torch
+from matplotlib import pyplot
 
 from rcm_mcore.checkpoint import read_network, write_network
 from rcm_mcore.config import load_config, parse_config
@@ -109,7 +111,9 @@ def test_differences_are_of_the_same_seed(tmp_path):
 def test_rows_by_name_and_group():
     assert [row.name for row in rows.find(["sCM", "tangent"])] == ["sCM", "rCM, finite differences", "sCM, finite differences"]
     assert rows.find(None) == [row for row in rows.ROWS if row.group != rows.LONGER]
-    assert [(row.times, row.plan) for row in rows.find([rows.LONGER])] == [(3, row.plan) for row in rows.find([rows.METHODS])]
+    for row, short in zip(rows.find([rows.LONGER]), rows.find([rows.METHODS]), strict=True):
+        assert (row.times, row.plan, row.model, row.name) == (3, short.plan, short.model, f"{short.name}, 3x")
+        assert row.against == ("rCM" if short.name == "rCM" else "rCM, 3x")
     with pytest.raises(ValueError, match=r"--rows \['xCM'\]: there are rCM, sCM"):
         rows.find(["sCM", "xCM"])
 
@@ -300,6 +304,19 @@ def test_a_task_of_videos_from_nothing_to_a_report(tmp_path):
         assert (tmp_path / "report" / picture).stat().st_size > 5000
 
 
+def test_a_trade_off_leaves_out_the_teacher_of_one_and_two_steps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    for seed in range(2):
+        result = {"row": "rCM", "group": "methods", "seed": seed, "by_steps": {"1": {"Frechet": 3.0 + seed, "diversity": 2.0}}}
+        results.write_json(tmp_path / "rCM" / f"seed_{seed}" / results.RESULT, result)
+    labels = ["real data", *(f"teacher, Euler {steps}" for steps in (50, 4, 2, 1))]
+    results.write_json(tmp_path / "baselines.json", {label: [{"Frechet": 1.0, "diversity": 1.0}] for label in labels})
+    results.trade_off(tmp_path, tmp_path / "x.png", quality="Frechet", diversity="diversity", order=["rCM"], title="x")
+    shown = set(figures[0].axes[0].get_legend_handles_labels()[1])
+    assert shown == {"real data", "teacher, Euler 50", "teacher, Euler 4", "rCM"}
+
+
 def test_longer_rows_have_three_times_the_updates(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(videos, "train", lambda config, overrides: ran.append([x for x in overrides if "train.steps" in x]))
@@ -307,6 +324,13 @@ def test_longer_rows_have_three_times_the_updates(tmp_path, monkeypatch):
     for name in ("sCM, 3x", "dCM, sCM, rCM in turn, 3x"):
         videos.train_student(task, rows.BY_NAME[name], 0, tmp_path)
     assert ran == [["train.steps=1200"], ["train.steps=400"], ["train.steps=400"], ["train.steps=800"]]
+    monkeypatch.setattr(videos, "train_student", lambda *given: tmp_path)
+    made = SimpleNamespace(evaluations=1, seconds=1.0, latents=torch.zeros(len(task.prompts), 1))
+    monkeypatch.setattr(videos, "sample", lambda request: made)
+    monkeypatch.setattr(videos, "read_network", lambda *given, **which: ({}, {}))
+    monkeypatch.setattr(videos, "write_network", lambda *given: None)
+    judge_nothing = SimpleNamespace(measures=lambda latents, prompts: {})
+    assert videos.run(task, judge_nothing, rows.BY_NAME["sCM, 3x"], 0, tmp_path)["facts"]["updates"] == 1200
     short, longer = (plane_task.run(rows.BY_NAME[name], 0, tmp_path / name, quick=True) for name in ("sCM", "sCM, 3x"))
     assert [result["facts"]["updates"] for result in (short, longer)] == [60, 180]
     logs = [[json.loads(x) for x in (tmp_path / name / "stage_1/log.jsonl").open()] for name in ("sCM", "sCM, 3x")]

@@ -25,6 +25,7 @@ CHANGES = [
     ("tp2", "pp2"),
     ("pp2", "dp2"),
 ]  # a run's mesh, and that of its continuation
+TOO_FEW = 0 < torch.cuda.device_count() < 4  # GPUs, where ranks are on GPUs
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def runs(tmp_path_factory, same_rounding):
     errors, *rest = carry_out(
         2,
         [
-            ["unwritable", config("unwritable", "tp2", checkpoint={"every": 1}), 1],
+            ["unwritable", config("unwritable", "tp2", checkpoint={"every": 2}), 1],
             ["poisoned", config("poisoned_critic", "pp2", checkpoint={"every": 1}), 1, "eps_d"],
             ["poisoned", config("poisoned_student", "pp2", checkpoint={"every": 1}), 2, "rollout_noise"],
             ["poisoned", config("poisoned_one_rank", "dp2", checkpoint={"every": 1}), 1, "eps_d", 1],
@@ -86,7 +87,8 @@ def runs(tmp_path_factory, same_rounding):
             ["rewrite", config("staged", "pp2"), str(folder / "rewritten_pp2")],
         ],
     )
-    carry_out(4, [["run", config("pp2_dp2", "pp2")]])
+    if not TOO_FEW:
+        carry_out(4, [["run", config("pp2_dp2", "pp2")]])
     (folder / "poisoned.json").write_text(json.dumps(rest[:3]))
     (folder / "survived.json").write_text(json.dumps([first for first, second in rest[3:9] if first == second]))
     carry_out(1, [step for source, mesh in CHANGES if mesh == "one" for step in resumed(source, mesh)])
@@ -179,6 +181,7 @@ def test_a_checkpoint_survives_another_mesh_bit_for_bit(runs):
     assert exported[0] == exported[1] and len(exported[0]) == 3
 
 
+@pytest.mark.skipif(TOO_FEW, reason="needs 4 GPUs")
 def test_data_parallel_stages_save_what_one_rank_does(runs):
     """Embedders are held by every stage, among parameters that are not."""
     found = tiny.differences(runs / "pp2_dp2" / "step_000000006", runs / "one" / "step_000000006")
@@ -190,10 +193,10 @@ def test_data_parallel_stages_save_what_one_rank_does(runs):
 def test_every_rank_learns_that_one_rank_could_not_write(runs):
     first, second = json.loads((runs / "errors.json").read_text())
     assert first == second and "\n" not in first
-    assert "the checkpoint of step 2 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
+    assert "the checkpoint of step 4 could not be written" in first and "there is no earlier checkpoint): rank 1: " in first
     assert sorted(path.name for path in (runs / "unwritable").iterdir()) == [".lock", "events.jsonl", "log.jsonl"]
     failed = [event for event in tiny.events(runs / "unwritable") if event["event"] == "save_failed"]
-    assert [event["saved_step"] for event in failed] == [1, 2]  # one is forgiven
+    assert [event["saved_step"] for event in failed] == [2, 4]  # one is forgiven
     assert all("rank 1: OSError: [Errno 27] File too large" in event["error"] for event in failed)
 
 

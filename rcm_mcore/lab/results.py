@@ -169,7 +169,7 @@ def _exact(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[st
 def trade_off(task: Path, path: Path, *, quality: str, diversity: str, order: Sequence[str], title: str) -> None:
     """A plot of one measure against another, a panel for each number of steps: means and intervals over seeds.
 
-    The baselines are black, without the teacher's one and two steps, beside which all else would be one spot. Logarithmic where
+    The baselines are black, without the teacher's one and two steps, which are far from all else. Logarithmic where
     `quality` spans more than a decade. Needs matplotlib.
     """
     import matplotlib

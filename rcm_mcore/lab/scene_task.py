@@ -39,7 +39,18 @@ SIZES = dict(codec=3000, reader=3000, samples=100_000, frames=300_000, frame_ste
 QUICK = dict(codec=4, reader=4, samples=32, frames=40, frame_steps=2, teacher=4)
 QUALITY, DIVERSITY = "Frechet", "diversity"
 # In the table of differences.
-COMPARED = (QUALITY, DIVERSITY, "precision", "recall", "adherence %", "shape %", "motion %", "characters %")
+COMPARED = (
+    QUALITY,
+    DIVERSITY,
+    "precision",
+    "recall",
+    "coverage",
+    "Vendi",
+    "adherence %",
+    "shape %",
+    "motion %",
+    "characters %",
+)
 GUIDANCE = 2.0
 LATENT = (16, 5, 16, 16)
 # Of the training on frames, beside teacher.yaml's. Noise hides less of a frame than of five that show nearly the same.
