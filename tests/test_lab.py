@@ -114,7 +114,7 @@ def test_rows_by_name_and_group():
     for row, short in zip(rows.find([rows.LONGER]), rows.find([rows.METHODS]), strict=True):
         assert (row.times, row.plan, row.model, row.name) == (3, short.plan, short.model, f"{short.name}, 3x")
         assert row.against == ("rCM" if short.name == "rCM" else "rCM, 3x")
-    with pytest.raises(ValueError, match=r"--rows \['xCM'\]: there are rCM, sCM"):
+    with pytest.raises(ValueError, match=r"--rows \['xCM'\]: there are rCM; sCM"):
         rows.find(["sCM", "xCM"])
 
 

@@ -76,7 +76,7 @@ def find(names: list[str] | None) -> list[Row]:
         return [row for row in ROWS if row.times == 1]
     groups = {row.group for row in ROWS}
     if unknown := [name for name in names if name not in BY_NAME and name not in groups]:
-        raise ValueError(f"--rows {unknown}: there are {', '.join([*BY_NAME, *sorted(groups)])}")
+        raise ValueError(f"--rows {unknown}: there are {'; '.join([*BY_NAME, *sorted(groups)])}")
     return [row for row in ROWS if row.name in names or row.group in names]
 
 
